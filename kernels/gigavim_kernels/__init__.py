@@ -1,0 +1,1 @@
+"""Selective scan and Vim block kernels: torch and numba. Knows nothing of images."""
