@@ -1,8 +1,8 @@
 """The order in which the cells of a token grid stand in the sequence.
 
-A state space model sees a two-dimensional neighbourhood through one-dimensional distances, so the order
-is part of a model: it has to be that of its training. Needs numpy only, and its memory is that of the
-answer plus a small multiple of the mask.
+A state space model sees a two-dimensional neighbourhood through one-dimensional distances, so the
+order is part of a model: it has to be that of its training. Needs numpy only, and its memory is that
+of the answer plus a small multiple of the mask.
 """
 
 import re
@@ -22,7 +22,7 @@ Cells = npt.NDArray[np.int64]
 # A grid is padded to whole blocks, so a block far larger than a training crop only costs memory.
 LARGEST_BLOCK = 1024
 
-_CELLS_AT_ONCE = 1 << 20
+_CELLS_AT_ONCE = 1 << 15
 
 _PATTERN = re.compile(
     r"(?P<kind>[a-z]+)\s*(?:\(\s*(?P<block>\d{1,6})\s*(?:,\s*(?P<across>[a-z]+)\s*)?\))?"
@@ -79,8 +79,8 @@ class ScanOrder:
 def scan_cells(kept: npt.NDArray[np.bool_], order: ScanOrder) -> Cells:
     """List the kept cells of a grid in scan order.
 
-    `kept` is (rows, cols); the answer is (L,) int64, flat indices row * cols + col, one for every True.
-    A cell that is not kept is skipped and leaves the order of the others as it was.
+    `kept` is (rows, cols) bool; the answer is (L,) int64, flat indices row * cols + col, one for every
+    True. A cell that is not kept is skipped and leaves the order of the others as it was.
     """
     kept = np.ascontiguousarray(kept, dtype=np.bool_)
     if kept.ndim != 2:
@@ -110,7 +110,8 @@ def _serpentine(kept: npt.NDArray[np.bool_], order: ScanOrder) -> Cells:
 def _hilbert(kept: npt.NDArray[np.bool_], order: ScanOrder) -> Cells:
     """Walk the Hilbert curve of the enclosing power-of-two square, leaving out what is outside.
 
-    Places on the curve are sorted, not cells by their place: sorting in place needs no second array.
+    The places on the curve are sorted and then turned back into cells, which takes one array where
+    sorting the cells by their places would take three.
     """
     rows, cols = kept.shape
     bits = max(rows - 1, cols - 1).bit_length()
@@ -129,17 +130,17 @@ def _blocks(kept: npt.NDArray[np.bool_], order: ScanOrder) -> Cells:
     side = order.block
     assert side is not None, "ScanOrder holds a block side for this kind"
     rows, cols = kept.shape
-    kept = np.pad(kept, ((0, -rows % side), (0, -cols % side)))
-    tiled = kept.reshape(kept.shape[0] // side, side, kept.shape[1] // side, side)
+    padded = np.pad(kept, ((0, -rows % side), (0, -cols % side)))
+    tiled = padded.reshape(padded.shape[0] // side, side, padded.shape[1] // side, side)
     block_cols = tiled.shape[2]
-    walk = scan_cells(tiled.any(axis=(1, 3)), ScanOrder(order.across))
+    blocks_kept: npt.NDArray[np.bool_] = np.any(tiled, axis=(1, 3))
+    walk = scan_cells(blocks_kept, ScanOrder(order.across))
     cells = np.empty(int(np.count_nonzero(kept)), np.int64)
     filled = 0
     for part in _parts(len(walk), max(1, _CELLS_AT_ONCE // side**2)):
         block_row, block_col = np.divmod(walk[part], block_cols)
-        place, row, col = np.nonzero(
-            tiled[block_row, :, block_col, :]
-        )  # tiled part: (n, side, side)
+        of_block = tiled[block_row, :, block_col, :]  # (n, side, side)
+        place, row, col = np.nonzero(of_block)
         row += block_row[place] * side
         col += block_col[place] * side
         cells[filled : filled + len(row)] = row * cols + col
@@ -147,29 +148,23 @@ def _blocks(kept: npt.NDArray[np.bool_], order: ScanOrder) -> Cells:
     return cells
 
 
-# The Hilbert curve as an automaton over quadrants, from the coarsest bit to the finest. A quadrant is
-# 2 * row_bit + col_bit; _TURN[state, quadrant] is the quadrant's place on the curve (0..3) and
-# _NEXT[state, quadrant] the state inside it. State 0 goes down, right, up; state 1 is its mirror at the
-# main diagonal, state 2 that at the other one, and state 3 at both.
+# The Hilbert curve as an automaton over quadrants, from the coarsest bit to the finest. A quadrant
+# is 2 * row_bit + col_bit; _TURN[state, quadrant] is its place on the curve (0..3) and
+# _NEXT[state, quadrant] the state inside it. State 0 goes down, right, up; state 1 is its mirror at
+# the main diagonal, state 2 that at the other one, and state 3 at both.
 _TURN = np.array([[0, 3, 1, 2], [0, 1, 3, 2], [2, 3, 1, 0], [2, 1, 3, 0]], np.int64)
 _NEXT = np.array([[1, 2, 0, 0], [0, 1, 3, 1], [2, 0, 2, 3], [3, 3, 1, 2]], np.int64)
-
-
-def _inverse_automaton() -> tuple[Cells, Cells]:
-    quadrant = np.argsort(_TURN, axis=1)
-    return quadrant, np.take_along_axis(_NEXT, quadrant, axis=1)
-
-
-_QUADRANT, _NEXT_BY_TURN = _inverse_automaton()
+_QUADRANT = np.argsort(_TURN, axis=1)
+_NEXT_BY_TURN = np.take_along_axis(_NEXT, _QUADRANT, axis=1)
 
 
 def _place_on_curve(row: Cells, col: Cells, bits: int) -> Cells:
     place = np.zeros_like(row)
     state = np.zeros_like(row)
     for bit in range(bits - 1, -1, -1):
-        quadrant = (row >> bit & 1) << 1 | (col >> bit & 1)
-        place = place << 2 | _TURN[state, quadrant]
-        state = _NEXT[state, quadrant]
+        key = state << 2 | (row >> bit & 1) << 1 | (col >> bit & 1)
+        place = place << 2 | _TURN.take(key)
+        state = _NEXT.take(key)
     return place
 
 
@@ -178,11 +173,11 @@ def _cell_on_curve(place: Cells, bits: int) -> tuple[Cells, Cells]:
     col = np.zeros_like(place)
     state = np.zeros_like(place)
     for bit in range(bits - 1, -1, -1):
-        turn = place >> 2 * bit & 3
-        quadrant = _QUADRANT[state, turn]
+        key = state << 2 | (place >> 2 * bit & 3)
+        quadrant = _QUADRANT.take(key)
         row = row << 1 | quadrant >> 1
         col = col << 1 | quadrant & 1
-        state = _NEXT_BY_TURN[state, turn]
+        state = _NEXT_BY_TURN.take(key)
     return row, col
 
 
