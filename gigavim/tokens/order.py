@@ -1,8 +1,8 @@
 """The order in which the cells of a token grid stand in the sequence.
 
 A state space model sees a two-dimensional neighbourhood through one-dimensional distances, so the
-order is part of a model: it has to be that of its training. Needs numpy only, and its memory is that
-of the answer plus a small multiple of the mask.
+order is part of a model: it has to be that of its training. Needs numpy only; takes the memory of
+the answer plus a small multiple of that of the mask.
 """
 
 import re
@@ -79,8 +79,8 @@ class ScanOrder:
 def scan_cells(kept: npt.NDArray[np.bool_], order: ScanOrder) -> Cells:
     """List the kept cells of a grid in scan order.
 
-    `kept` is (rows, cols) bool; the answer is (L,) int64, flat indices row * cols + col, one for every
-    True. A cell that is not kept is skipped and leaves the order of the others as it was.
+    `kept` is (rows, cols) bool; the answer is (L,) int64, flat indices row * cols + col, one for
+    every True. A cell that is not kept is skipped and leaves the order of the others as it was.
     """
     kept = np.ascontiguousarray(kept, dtype=np.bool_)
     if kept.ndim != 2:
