@@ -1,0 +1,115 @@
+"""`gigavim info`: what a slide is."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gigavim.cli import options
+from gigavim.errors import GigavimError
+
+if TYPE_CHECKING:
+    from gigavim.slides.base import Slide
+
+
+@click.command("info")
+@options.inputs()
+@options.slide_mpp
+@options.channels_option
+@options.as_json
+@options.verbosity
+def command(
+    inputs: tuple[Path, ...], slide_mpp: float | None, channels: list[int] | None, as_json: bool
+) -> int:
+    """Say what a slide is: format, levels, resolution and its source, bounds, georeference.
+
+    \b
+    Examples:
+      gigavim info slide.svs
+      gigavim info --json *.tif | jq .mpp
+    """
+    from gigavim.slides import open_slide
+
+    failures = 0
+    picked = None if channels is None else (channels[0], channels[1], channels[2])
+    for path in inputs:
+        try:
+            with open_slide(path, mpp=slide_mpp, channels=picked) as slide:
+                facts = describe(slide)
+        except GigavimError as error:
+            if len(inputs) == 1:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            failures += 1
+            continue
+        if as_json:
+            import orjson
+
+            click.echo(orjson.dumps(facts).decode())
+        else:
+            click.echo(_table(facts))
+    if not failures:
+        return 0
+    return 1 if failures == len(inputs) else 3
+
+
+def describe(slide: "Slide") -> dict[str, Any]:
+    """The facts about a slide as plain data, ready for JSON."""
+    mpp, bounds, georeference = slide.mpp, slide.bounds, slide.georeference
+    width, height = slide.levels[0].width, slide.levels[0].height
+    return {
+        "path": str(slide.path),
+        "reader": slide.reader,
+        "width_px": width,
+        "height_px": height,
+        "megapixels": round(width * height / 1e6, 3),
+        "mpp": None if mpp is None else {"x": mpp.x, "y": mpp.y, "source": mpp.source},
+        "levels": [
+            {
+                "width_px": level.width,
+                "height_px": level.height,
+                "downsample": round(level.downsample_x, 4),
+                "tile_px": [level.tile_width, level.tile_height],
+            }
+            for level in slide.levels
+        ],
+        "bounds_level0": {
+            "x": bounds.x_level0,
+            "y": bounds.y_level0,
+            "width": bounds.width_level0,
+            "height": bounds.height_level0,
+        },
+        "background_rgb": list(slide.background_rgb),
+        "crs": None if georeference is None else georeference.crs_wkt,
+        "transform": None if georeference is None else list(georeference.transform),
+        "description": dict(slide.description),
+    }
+
+
+def _table(facts: dict[str, Any]) -> str:
+    mpp, bounds = facts["mpp"], facts["bounds_level0"]
+    rows = [
+        ("reader", facts["reader"]),
+        ("size", f"{facts['width_px']:,} x {facts['height_px']:,} px ({facts['megapixels']:,} Mpx)"),
+        ("mpp", "unknown: give --slide-mpp" if mpp is None else _mpp_text(mpp)),
+    ]
+    if (bounds["width"], bounds["height"]) != (facts["width_px"], facts["height_px"]):
+        rows.append(("bounds", f"{bounds['width']} x {bounds['height']} at {bounds['x']}, {bounds['y']}"))
+    for number, level in enumerate(facts["levels"]):
+        text = f"{level['width_px']:,} x {level['height_px']:,} px, 1/{level['downsample']:g}"
+        rows.append((f"level {number}", f"{text}, tiles {level['tile_px'][0]} x {level['tile_px'][1]}"))
+    if facts["crs"]:
+        rows.append(("crs", _crs_name(facts["crs"])))
+    rows += [(key, value) for key, value in facts["description"].items()]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join([facts["path"], *(f"  {key:<{width}}  {value}" for key, value in rows)])
+
+
+def _mpp_text(mpp: dict[str, Any]) -> str:
+    sides = f"{mpp['x']:.4g}" if mpp["x"] == mpp["y"] else f"{mpp['x']:.4g} x {mpp['y']:.4g}"
+    return f"{sides} um per pixel ({mpp['source']})"
+
+
+def _crs_name(wkt: str) -> str:
+    """The quoted name at the start of a WKT string."""
+    return wkt.split('"')[1] if '"' in wkt else wkt

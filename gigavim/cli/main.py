@@ -1,0 +1,109 @@
+"""The `gigavim` command: a group whose commands are imported only when they run."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from gigavim import __version__
+from gigavim.cli import options
+from gigavim.errors import GigavimError
+
+# name -> (module, one line of help): listing the commands imports none of them.
+COMMANDS = {
+    "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
+    "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
+    "segment": ("gigavim.cli.segment", "Segment slides and write maps that other tools open."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table of commands, written without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in sorted(COMMANDS)])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # Peers spell flags with underscores: both are understood.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.version_option(__version__, prog_name="gigavim")
+@options.verbosity
+def cli() -> None:
+    """Whole-slide and aerial images of any size through one Vision Mamba sequence.
+
+    \b
+    Examples:
+      gigavim segment slide.svs
+      gigavim info slide.svs
+      gigavim models
+
+    \b
+    Exit codes:
+      0  all is well
+      1  the input, the model or the machine did not allow it; the message says why
+      2  the command was not understood
+      3  some of several slides failed; the others are done
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit the process.
+
+    Errors of gigavim's own tree become one line on standard error and exit code 1; the traceback is
+    shown with -v.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        sys.exit(_run(arguments))
+    except BrokenPipeError:
+        # The reader of our output (`head`, say) has gone: silence Python's own complaint at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result: Any = cli.main(args=arguments, prog_name="gigavim", standalone_mode=False)
+    except click.Abort:
+        click.echo("Interrupted: nothing half-written is left behind.", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except GigavimError as error:
+        if options.wants_tracebacks():
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return 1
+    except Exception as error:
+        if options.wants_tracebacks():
+            raise
+        click.echo(
+            f"Error: unexpected {type(error).__name__}: {error}. This is a defect of gigavim:"
+            " please report it with the output of the same command with -v.",
+            err=True,
+        )
+        return 1
+    return result if isinstance(result, int) else 0

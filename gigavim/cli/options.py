@@ -1,0 +1,96 @@
+"""Options that several commands share, so that a flag is spelled the same everywhere."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
+
+_LEVELS = [logging.WARNING, logging.INFO, logging.DEBUG]
+
+
+def verbosity(function: Function) -> Function:
+    """-v and -q, understood before and after the command's name."""
+    for flag in (
+        click.option(
+            "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_quiet,
+            help="Say nothing but errors.",
+        ),
+        click.option(
+            "-v", "--verbose", count=True, expose_value=False, callback=_set_verbose,
+            help="Say more (-vv: more still); show tracebacks.",
+        ),
+    ):  # fmt: skip
+        function = flag(function)
+    return function
+
+
+def _set_verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if value or ctx.parent is None:
+        _logger.setLevel(_LEVELS[min(value, 2)])
+
+
+def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        _logger.setLevel(logging.ERROR)
+
+
+def wants_tracebacks() -> bool:
+    """Whether -v was given."""
+    return _logger.getEffectiveLevel() < logging.WARNING
+
+
+def is_quiet() -> bool:
+    """Whether -q was given."""
+    return _logger.getEffectiveLevel() > logging.WARNING
+
+
+_logger = logging.getLogger("gigavim")
+
+
+def inputs(**attrs: Any) -> Decorator:
+    """INPUT...: slides, each a file or a folder that is one slide (DICOM, OME-Zarr).
+
+    Existence is not checked here: the slide's own error says more.
+    """
+    return click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=Path, **attrs)
+
+
+def channels(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Parse "0,1,2".
+
+    Raises:
+        click.BadParameter: not three channel numbers.
+    """
+    if value is None:
+        return None
+    parts = value.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+        raise click.BadParameter("three channel numbers are wanted, such as 0,1,2", ctx, param)
+    return [int(part) for part in parts]
+
+
+slide_mpp = click.option(
+    "--slide-mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="UM",
+    help="Micrometres per level-0 pixel, for files that do not say or say it wrong.",
+)
+channels_option = click.option(
+    "--channels",
+    callback=channels,
+    metavar="R,G,B",
+    help="Channels to use as red, green and blue, for multiplex images: 0,1,2.",
+)
+config = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Settings file [default: gigavim.toml in the current folder, if there].",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output.")

@@ -1,0 +1,136 @@
+"""`gigavim.toml` as typed settings, and back from nothing to defaults.
+
+Loading is strict: an unknown key or a value of the wrong kind is a `SettingsError` that names the key,
+the file and what would be right. Sections and keys are those of the `gigavim.toml` in the repository.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gigavim.errors import SettingsError
+
+Format = Literal["ome-tiff", "geojson", "geojson.gz", "geotiff", "overlay"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class InputSettings(_Section):
+    """What the file says of itself, overruled."""
+
+    slide_mpp: float = Field(0.0, ge=0, le=1e7, allow_inf_nan=False)
+    channels: list[int] = []
+
+
+class ModelSettings(_Section):
+    """Which model, at which resolution."""
+
+    name: str = "auto"
+    weights: str = ""
+    mpp: float = Field(0.0, ge=0, le=1e7, allow_inf_nan=False)
+    allow_mpp_mismatch: bool = False
+
+
+class TokenSettings(_Section):
+    """What becomes tokens and how it is read."""
+
+    tissue: str = "auto"
+    min_tissue: float = Field(0.0, ge=0, le=1)
+    block_px: int = Field(2048, ge=64, le=16384)
+    num_workers: int = Field(0, ge=0, le=1024)
+
+
+class ComputeSettings(_Section):
+    """Where the encoder runs and what it may use."""
+
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int = Field(0, ge=0, le=1024)
+    max_memory: str = "auto"
+    max_gpu_memory: str = "auto"
+    scratch_dir: str = ""
+
+
+class OutputSettings(_Section):
+    """What is written, and where."""
+
+    directory: str = "gigavim_out"
+    formats: list[Format] = []
+    overwrite: bool = False
+    max_unreadable: float = Field(0.01, ge=0, le=1)
+    qupath_bounds: bool = True
+
+
+class Settings(_Section):
+    """All settings of a run."""
+
+    input: InputSettings = InputSettings()
+    model: ModelSettings = ModelSettings()
+    tokens: TokenSettings = TokenSettings()
+    compute: ComputeSettings = ComputeSettings()
+    output: OutputSettings = OutputSettings()
+
+    def with_flags(self, **sections: dict[str, Any]) -> "Settings":
+        """A copy in which the given values, section by section, win; `None` leaves a value alone.
+
+        Raises:
+            SettingsError: a value is out of range.
+        """
+        merged = self.model_dump()
+        for section, values in sections.items():
+            merged[section] |= {key: value for key, value in values.items() if value is not None}
+        return _validate(merged, "the command line")
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read a settings file; without `path`, `gigavim.toml` in the current folder if it is there.
+
+    Raises:
+        SettingsError: the file is missing, is not TOML, or has a key or value that is not allowed.
+    """
+    if path is None:
+        path = Path("gigavim.toml")
+        if not path.is_file():
+            return Settings()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot read the settings: {error}.") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}.") from error
+    return _validate(values, str(path))
+
+
+def _validate(values: dict[str, Any], origin: str) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, origin)) from error
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    """The first thing wrong, as one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, _known_keys(), n=1)
+        hint = f" Did you mean `{close[0]}`?" if close else " See gigavim.toml for all settings."
+        return f"{origin}: unknown setting `{key}`.{hint}"
+    return f"{origin}: setting `{key}` = {first['input']!r}: {first['msg']}."
+
+
+def _known_keys() -> list[str]:
+    sections = Settings.model_fields
+    keys = list(sections)
+    for name, field in sections.items():
+        model = field.annotation
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            keys += [f"{name}.{key}" for key in model.model_fields]
+    return keys
