@@ -1,0 +1,1 @@
+"""Results on disk: the label store, and the writers that pull from it window by window."""

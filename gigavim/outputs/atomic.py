@@ -1,0 +1,221 @@
+"""Files that appear whole or not at all.
+
+A file is written under a temporary name in its own folder, synced, and renamed at the end; several
+files that belong together are renamed together. Whatever fails on the way leaves the folder as it
+was, an existing good result included.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+
+from gigavim.errors import OutputError
+
+logger = logging.getLogger(__name__)
+
+_FULL = {
+    code: text
+    for name, text in (
+        ("ENOSPC", "no space left on the disk"),
+        ("EDQUOT", "the disk quota is used up"),
+        ("EFBIG", "the file is larger than the file system or a limit allows"),
+    )
+    if (code := getattr(errno, name, None)) is not None
+}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_SCARCE_BYTES = 1 << 20
+"""Libraries that hide the errno (GDAL does) are taken to have met a full disk below this."""
+
+_PARTIAL = re.compile(r"^(\.partial-[0-9a-f]{8}-)+")
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The error to show for `error`, met while writing `path`: the file, the reason, the remedy."""
+    remedy = "choose another output folder"
+    if error.errno in _FULL:
+        reason = _FULL[error.errno]
+        remedy = f"free some space or {remedy}"
+    elif error.errno in _DENIED or isinstance(error, PermissionError):
+        reason = f"writing to {path.parent} is not permitted"
+        remedy = f"change its permissions or {remedy}"
+    elif isinstance(error, FileExistsError | NotADirectoryError):
+        reason = f"{path.parent} is not a folder"
+    elif error.errno is None and _free_bytes(path.parent) < _SCARCE_BYTES:
+        reason = _FULL[errno.ENOSPC]
+        remedy = f"free some space or {remedy}"
+    else:
+        reason = error.strerror or str(error) or type(error).__name__
+    shown = path.with_name(_PARTIAL.sub("", path.name))
+    return OutputError(f"{shown}: cannot be written: {reason}; {remedy}")
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn every `OSError` of the block into an `OutputError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+class OutputSet:
+    """Several files that appear together at the end of a `with` block, or not at all.
+
+    Args:
+        overwrite: replace files that exist; without it an existing file is an error, before any
+            work is done.
+
+    Raises:
+        OutputError: a file exists, or the disk refuses (full, no permission, no such folder).
+    """
+
+    def __init__(self, *, overwrite: bool = False) -> None:
+        self._overwrite = overwrite
+        self._temporary: dict[Path, Path] = {}
+        self._made_folders: list[Path] = []
+
+    def path(self, path: str | Path) -> Path:
+        """The temporary path to write to; it ends in the name of `path`, suffixes and all."""
+        final = Path(path).absolute()
+        if final not in self._temporary:
+            self._refuse_existing(final)
+            with explained(final):
+                self._make_folder(final.parent)
+                temporary = final.with_name(f".partial-{uuid4().hex[:8]}-{final.name}")
+                temporary.touch(exist_ok=False)
+            self._temporary[final] = temporary
+        return self._temporary[final]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._commit()
+        finally:
+            self._clear()
+        if isinstance(error, OSError) and self._concerns_us(error):
+            raise output_error(next(iter(self._temporary)), error) from error
+
+    def _refuse_existing(self, final: Path) -> None:
+        if final.is_dir():
+            raise OutputError(f"{final}: is a folder; choose another output name")
+        if not self._overwrite and os.path.lexists(final):
+            raise OutputError(f"{final}: exists already; use --overwrite or another output folder")
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._made_folders.append(path)
+
+    def _concerns_us(self, error: OSError) -> bool:
+        """An input that cannot be read is no error of the output: it names another file."""
+        if error.filename is None:
+            return bool(self._temporary) and error.errno in _FULL
+        return Path(os.fsdecode(error.filename)).absolute() in self._temporary.values()
+
+    def _commit(self) -> None:
+        for final, temporary in self._temporary.items():
+            with explained(final):
+                _sync(temporary)
+        done: list[tuple[Path, Path | None]] = []
+        try:
+            for final, temporary in self._temporary.items():
+                self._refuse_existing(final)
+                with explained(final):
+                    done.append((final, _set_aside(final)))
+                    temporary.replace(final)
+        except BaseException:
+            for final, backup in reversed(done):
+                _restore(final, backup)
+            raise
+        for _, backup in done:
+            if backup is not None:
+                backup.unlink(missing_ok=True)
+        for folder in {final.parent for final in self._temporary}:
+            _sync(folder)
+        self._made_folders.clear()
+
+    def _clear(self) -> None:
+        for temporary in self._temporary.values():
+            try:
+                temporary.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s: could not be removed: %s", temporary, error)
+        for folder in reversed(self._made_folders):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """The temporary path to write one file to; renamed to `path` when the block ends well.
+
+    Raises:
+        OutputError: as `OutputSet`, and for every `OSError` of the block.
+    """
+    with explained(Path(path)), OutputSet(overwrite=overwrite) as outputs:
+        yield outputs.path(path)
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return _SCARCE_BYTES
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    # Windows syncs only what is open for writing.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; a file must be.
+        if not path.is_dir():
+            raise
+        logger.debug("%s: not synced: %s", path, error)
+    finally:
+        os.close(handle)
+
+
+def _set_aside(final: Path) -> Path | None:
+    """A second name for the existing file, under which it survives until all is renamed."""
+    if not os.path.lexists(final):
+        return None
+    backup = final.with_name(f".previous-{uuid4().hex[:8]}-{final.name}")
+    try:
+        os.link(final, backup, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        final.rename(backup)
+    return backup
+
+
+def _restore(final: Path, backup: Path | None) -> None:
+    try:
+        if backup is None:
+            final.unlink(missing_ok=True)
+        else:
+            backup.replace(final)
+    except OSError as error:
+        logger.warning("%s: could not be restored from %s: %s", final, backup, error)
