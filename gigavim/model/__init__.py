@@ -1,1 +1,1 @@
-"""Vim: configuration, encoder, head, weights and model cards. Pure torch; no images are read here."""
+"""Vim: configuration, encoder, head, weights, model cards. Pure torch; no images are read."""

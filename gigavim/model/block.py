@@ -4,12 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from gigavim_kernels.chunked import selective_scan
-from gigavim_kernels.naive import causal_conv
-from gigavim_kernels.weights import BlockWeights, Branch, Direction
 from torch import Tensor, nn
 
 from gigavim.model.config import VimConfig
+from gigavim_kernels.chunked import selective_scan
+from gigavim_kernels.naive import causal_conv
+from gigavim_kernels.weights import BlockWeights, Branch, Direction
 
 # Step sizes at initialisation: log-uniform in this range, never below the floor (arXiv 2312.00752).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
@@ -171,7 +171,8 @@ def _scan(direction: Direction, inner: Tensor, gate: Tensor) -> Tensor:
         inner, direction.conv_weight, direction.conv_bias, reverse=direction.reverse_conv
     )
     rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
-    dt_low, B, C = F.linear(u, direction.x_proj).split([rank, states, states], -1)
+    low = F.linear(u, direction.x_proj)
+    dt_low, B, C = low[..., :rank], low[..., rank : rank + states], low[..., rank + states :]
     dt = F.linear(dt_low, direction.dt_weight)  # (B, L, E), before bias and softplus
     return selective_scan(
         _full(u),

@@ -97,7 +97,7 @@ class VimConfig:
         if (self.pooling == "class") != (self.class_token != "none"):
             raise ModelError(
                 f"a model with class_token={self.class_token!r} cannot have "
-                f"pooling={self.pooling!r}: use pooling 'class' exactly where there is a class token"
+                f"pooling={self.pooling!r}: pooling 'class' goes with a class token, and only there"
             )
         if self.position == "sincos":
             um_ok = self.token_um is not None and 0 < self.token_um < math.inf

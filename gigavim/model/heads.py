@@ -25,7 +25,7 @@ class LinearHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Decode tokens (..., D): returns logits (..., classes, patch_px, patch_px)."""
         logits: Tensor = self.linear(tokens)
-        return logits.unflatten(-1, (self.classes, self.patch_px, self.patch_px))
+        return logits.reshape(*tokens.shape[:-1], self.classes, self.patch_px, self.patch_px)
 
 
 class SegmentationModel(nn.Module):

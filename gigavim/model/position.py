@@ -11,8 +11,8 @@ from torch import Tensor
 from gigavim.model.config import ClassToken
 from gigavim.model.sequence import class_slots
 
-# Waves reach from 4 tokens, the shortest that neighbouring tokens sample well, to 2^16 tokens, longer
-# than any slide is wide.
+# Waves reach from 4 tokens, the shortest that neighbouring tokens sample well, to 2^16 tokens, wider
+# than any slide.
 SHORTEST_TOKENS = 4.0
 LONGEST_TOKENS = 65536.0
 
@@ -20,8 +20,8 @@ LONGEST_TOKENS = 65536.0
 def split_table(pos_embed: Tensor, kind: ClassToken) -> tuple[Tensor, Tensor]:
     """Part a learned table (1, M + k, D) into patches (M, D) and class tokens (k, D).
 
-    The published resizing code always takes slot 0 for the class token, which shifts half of the table
-    of a model with a middle token; here the slot is where the token stands.
+    The slot is where the token stands. The published resizing code takes slot 0 always, which shifts
+    half of the table of a model with a middle token.
     """
     table = pos_embed[0]
     slots = class_slots(table.shape[0] - len(class_slots(0, kind)), kind)
@@ -33,10 +33,10 @@ def split_table(pos_embed: Tensor, kind: ClassToken) -> tuple[Tensor, Tensor]:
 def grid_position(
     table: Tensor, table_hw: tuple[int, int], row: Tensor, col: Tensor, grid_hw: tuple[int, int]
 ) -> Tensor:
-    """Interpolate a learned table (rows * cols, D) of shape `table_hw` to cells of a grid `grid_hw`.
+    """Interpolate a learned table (rows * cols, D) of `table_hw` to cells of a grid `grid_hw`.
 
-    Bicubic (a = -0.75), pixel centres aligned by area (`align_corners=False`), without antialiasing:
-    the numbers of `torch.nn.functional.interpolate` on the whole grid.
+    Bicubic (a = -0.75), aligned by area (`align_corners=False`), without antialiasing: the numbers
+    of `torch.nn.functional.interpolate` on the whole grid.
     """
     rows, cols = table_hw
     if table_hw == grid_hw:
@@ -62,7 +62,7 @@ def block_position(table: Tensor, table_hw: tuple[int, int], row: Tensor, col: T
 def wave_position(
     y_um: Tensor, x_um: Tensor, d_model: int, shortest_um: float, longest_um: float
 ) -> Tensor:
-    """Return the 2-D sine-cosine embedding (n, d_model) of places in micrometres, (n,) float64 each.
+    """Return the 2-D sine-cosine embedding (n, d_model) of places in micrometres, (n,) float64.
 
     Quarters of the channels: sin and cos along y, sin and cos along x; wavelengths in a geometric
     series. The phase is taken in float64, as a slide is many thousand waves wide.

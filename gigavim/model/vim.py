@@ -5,7 +5,6 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from gigavim_kernels.weights import BlockWeights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +22,7 @@ from gigavim.model.position import (
 )
 from gigavim.model.sequence import class_slots, insert_class_tokens
 from gigavim.tokens.order import ScanOrder, scan_cells
+from gigavim_kernels.weights import BlockWeights
 
 
 class LayerTap(NamedTuple):
@@ -90,7 +90,7 @@ class Vim(nn.Module):
     ) -> Tensor:
         """Embed normalised images (B, C, H, W) as sequences (B, L, D), class tokens and all.
 
-        Patches stand in `order` (row by row if absent). `origin_um` (x, y) shifts "sincos" positions.
+        Patches stand in `order`, row by row if absent. `origin_um` (x, y) shifts "sincos" places.
         """
         grid = self.patch_embed(images)  # (B, rows, cols, D)
         rows, cols = grid.shape[1:3]
@@ -204,7 +204,7 @@ class Vim(nn.Module):
 
 @lru_cache(maxsize=64)
 def grid_cells(rows: int, cols: int, order: ScanOrder | None) -> Tensor:
-    """Return the flat cells (rows * cols,) int64 of a full grid in scan order; not to be changed."""
+    """Return the flat cells (rows * cols,) int64 of a full grid in scan order; read only."""
     if order is None:
         return torch.arange(rows * cols)
     return torch.from_numpy(scan_cells(np.ones((rows, cols), np.bool_), order))
