@@ -1,0 +1,133 @@
+"""The sweep: blocks over a whole sequence, chunk by chunk, exact for any chunk length.
+
+For each block two passes. Right to left, the reverse directions' state at the right edge of every
+chunk; left to right, the block itself in place, from the forward state carried along and those
+edges. A chunk needs of its neighbours only these states and a few rows (the convolution's halo).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gigavim.engine.sequence import TokenSequence
+from gigavim.errors import ModelError
+from gigavim_kernels.backends import Precision, prepare_block
+from gigavim_kernels.block import BlockKernel, States
+from gigavim_kernels.weights import BlockWeights
+
+Progress = Callable[[int], object]
+"""Called with a number of tokens that one more block is done with: a progress bar's `update`."""
+
+
+def sweep(
+    sequence: TokenSequence,
+    blocks: Sequence[BlockWeights],
+    *,
+    device: torch.device | str,
+    precision: Precision,
+    chunk: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run the blocks over the sequence in place, one after the other.
+
+    Args:
+        chunk: tokens per step; the kernel's own choice if absent. It sets memory and speed, and
+            changes the result by rounding only.
+        threads: CPU threads; all if absent.
+        progress: called after each chunk; the numbers add up to tokens x blocks.
+
+    Raises:
+        ModelError: the stream is no longer finite after a block (see `sweep_block`).
+    """
+    device = torch.device(device)
+    for i, block in enumerate(blocks):
+        kernel = prepare_block(block, device=device, precision=precision, threads=threads)
+        if not sweep_block(sequence, kernel, device=device, chunk=chunk, progress=progress):
+            raise ModelError(
+                f"block {i} of {len(blocks)}: the numbers are no longer finite: the weights are "
+                f"damaged, or do not bear the precision {precision}: try fp32, or fetch them again"
+            )
+
+
+@torch.no_grad()
+def sweep_block(
+    sequence: TokenSequence,
+    kernel: BlockKernel,
+    *,
+    device: torch.device,
+    chunk: int | None = None,
+    progress: Progress | None = None,
+) -> bool:
+    """Run one block over the sequence in place.
+
+    Returns:
+        Whether the first and last rows of all chunks are finite. That is a check of the whole
+        input, nearly for free: a NaN or infinity anywhere stays in the scan's state and so reaches
+        every later token. One that only this block's output has is found by the next block.
+    """
+    chunk = kernel.chunk if chunk is None else chunk
+    edges = _reverse_edges(sequence, kernel, device, chunk)
+    states = kernel.zero_states(reverse=False)
+    left = torch.zeros(kernel.halo, sequence.width, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for i, start in enumerate(range(0, sequence.length, chunk)):
+        stop = min(start + chunk, sequence.length)
+        sequence.prefetch(stop, stop + chunk)
+        rows = sequence.load(start, stop, device)  # (T, D)
+        right = _load_padded(sequence, stop, stop + kernel.halo, device)
+        # The next chunk's left halo, as before the update; a chunk may be shorter than the halo.
+        before = torch.cat((left, rows[max(0, stop - start - kernel.halo) :]))
+        states = kernel.update(rows, left, right, states, edges[i])
+        finite &= torch.isfinite(rows[:: max(1, rows.shape[0] - 1)]).all()
+        sequence.store(start, rows)
+        sequence.release(start, stop)
+        left = before[before.shape[0] - kernel.halo :]
+        if progress is not None:
+            progress(stop - start)
+    return bool(finite)  # waits for a GPU, so that the host may read the rows
+
+
+def edge_state_bytes(length: int, blocks: Sequence[BlockWeights], chunk: int) -> int:
+    """Memory for the states at chunk edges that a sweep keeps at a time (one block's)."""
+    chunks = -(-length // chunk)
+    per_chunk = (
+        sum(d.A.numel() * 4 for branch in b.branches for d in branch.directions if d.reverse)
+        for b in blocks
+    )
+    return chunks * max(per_chunk, default=0)
+
+
+def _reverse_edges(
+    sequence: TokenSequence, kernel: BlockKernel, device: torch.device, chunk: int
+) -> list[States]:
+    """The states of the reverse directions at the right edge of every chunk, left to right."""
+    states = kernel.zero_states(reverse=True)
+    starts = range(0, sequence.length, chunk)
+    if not states:
+        return [states] * len(starts)
+    edges = [states]
+    # The first chunk's left edge is the end of the scan: nobody needs its state.
+    for start in reversed(starts[1:]):
+        stop = min(start + chunk, sequence.length)
+        sequence.prefetch(start - chunk, start)
+        rows = sequence.load(start, stop, device)
+        left = _load_padded(sequence, start - kernel.halo, start, device)
+        right = _load_padded(sequence, stop, stop + kernel.halo, device)
+        states = kernel.edge_states(rows, left, right, states)
+        edges.append(states)
+        sequence.release(start, stop)
+    return edges[::-1]
+
+
+def _load_padded(sequence: TokenSequence, start: int, stop: int, device: torch.device) -> Tensor:
+    """Rows start..stop-1, zero beyond the ends of the sequence."""
+    length = sequence.length
+    first, last = min(max(start, 0), length), min(max(stop, 0), length)
+    rows = sequence.load(first, last, device)
+    if rows.shape[0] == stop - start:
+        return rows
+    padded = torch.zeros(stop - start, sequence.width, device=device)
+    padded[first - start : last - start] = rows
+    return padded
