@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
 
         `weight @ patch + bias` is the token of a patch flattened in (row, col, channel) order with
         values 0 to 255, where the model wants (value / 255 - mean) / std. Raw values are exact in
-        bfloat16, normalised ones are not. What is padded must be padded with a colour, not with zeros.
+        bfloat16, normalised ones are not.
         """
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         shift = torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)

@@ -11,8 +11,8 @@ from torch import Tensor
 from gigavim.model.config import ClassToken
 from gigavim.model.sequence import class_slots
 
-# Waves reach from 4 tokens, the shortest that neighbouring tokens sample well, to 2^16 tokens, wider
-# than any slide.
+# Waves reach from 4 tokens, the shortest that neighbouring tokens sample well, to 2^16 tokens,
+# wider than any slide.
 SHORTEST_TOKENS = 4.0
 LONGEST_TOKENS = 65536.0
 
@@ -20,8 +20,8 @@ LONGEST_TOKENS = 65536.0
 def split_table(pos_embed: Tensor, kind: ClassToken) -> tuple[Tensor, Tensor]:
     """Part a learned table (1, M + k, D) into patches (M, D) and class tokens (k, D).
 
-    The slot is where the token stands. The published resizing code takes slot 0 always, which shifts
-    half of the table of a model with a middle token.
+    The slot is where the token stands. The published resizing code takes slot 0 always, which
+    shifts half of the table of a model with a middle token.
     """
     table = pos_embed[0]
     slots = class_slots(table.shape[0] - len(class_slots(0, kind)), kind)

@@ -157,12 +157,9 @@ class Vim(nn.Module):
     def _run(self, stream: Tensor, taps: list[LayerTap] | None) -> Tensor:
         if self.config.bidirectional == "layer_pairs":
             for first, second in self._pairs():
-                flipped = stream.flip(1)
-                along, against = (
-                    self._branch(first, stream, taps),
-                    self._branch(second, flipped, taps),
-                )
-                stream = 2 * stream + along + against.flip(1)
+                along = self._branch(first, stream, taps)
+                against = self._branch(second, stream.flip(1), taps).flip(1)
+                stream = 2 * stream + along + against
         else:
             for layer in self.layers:
                 stream = stream + self._branch(layer, stream, taps)
