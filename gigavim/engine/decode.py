@@ -32,7 +32,7 @@ class Gather(Protocol):
     """Rows of the residual stream by their place among the patches of the sequence."""
 
     def __call__(self, index: Tensor) -> Tensor:
-        """(n,) int64 -> (n, D) float32 on the CPU."""
+        """(n,) int64 -> (n, D) float32."""
         ...
 
 
@@ -93,7 +93,7 @@ def _adjacent(
     strip = torch.zeros(index.shape[0], index.shape[1], patch, patch, dtype=torch.uint8)
     row, col, slots = _kept(index)
     for batch, logits in _batches(gather, decoder, slots):
-        strip[row[batch], col[batch]] = logits.argmax(1).to(torch.uint8)
+        strip[row[batch], col[batch]] = logits.argmax(1).to(torch.uint8).cpu()
     rows = strip.permute(0, 2, 1, 3)  # (rows, patch, cols, patch)
     return rows.reshape(index.shape[0] * patch, index.shape[1] * patch).numpy()
 
@@ -120,7 +120,7 @@ def _overlapping(
     row, col, slots = _kept(index)
     dense = torch.zeros(classes * patch * patch, rows * cols)
     for batch, logits in _batches(gather, decoder, slots):
-        dense[:, row[batch] * cols + col[batch]] = logits.flatten(1).T
+        dense[:, row[batch] * cols + col[batch]] = logits.flatten(1).T.cpu()
     sums += F.fold(dense[None], (height, width), patch, stride=stride)[0]
     if carry is not None:
         sums[:, :overlap] += carry

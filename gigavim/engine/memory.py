@@ -58,8 +58,10 @@ def default_memory_budget() -> int:
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes of the file system that holds `folder`."""
-    return shutil.disk_usage(folder).free
+    """Free bytes of the file system that holds `folder`, which need not exist yet."""
+    resolved = folder.resolve()
+    existing = next(f for f in (resolved, *resolved.parents) if f.exists())
+    return shutil.disk_usage(existing).free
 
 
 def is_memory_backed(folder: Path) -> bool:

@@ -1,0 +1,247 @@
+"""What a sweep will cost, and where its stream goes, before any work starts."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
+
+import torch
+
+from gigavim.engine import memory
+from gigavim.engine.memory import format_bytes
+from gigavim.engine.sequence import Location
+from gigavim.engine.sweep import edge_state_bytes
+from gigavim.errors import ResourceError
+from gigavim_kernels.backends import Precision, backend_name, prepare_block
+from gigavim_kernels.block import BlockKernel
+from gigavim_kernels.chunked import HIDDEN_BUDGET, HIDDEN_BUDGET_ACCELERATOR
+from gigavim_kernels.weights import BlockWeights
+
+PROCESS_BYTES = 450_000_000
+"""RSS of Python with torch, numba and the image libraries loaded and warm (measured 0.44 GB)."""
+CHUNK_FLOATS_PER_CHANNEL = 16
+"""Upper bound on the temporaries of a kernel, in floats per token and inner channel."""
+SMALLEST_CHUNK = 64
+DISK_BYTES_PER_S = 1e9
+"""A solid state disk's; for the estimate only."""
+PASSES = 3
+"""Times a block moves the stream: read right to left, read and written left to right."""
+LINK_BYTES_PER_S = 20e9
+"""Between page-locked RAM and a GPU; for the estimate only."""
+CALIBRATION_TOKENS = 4096
+"""Tokens on which a CPU is timed; a GPU is timed on a whole chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a sequence will be swept, and what that takes."""
+
+    tokens: int
+    blocks: int
+    width: int
+    chunk: int
+    """Tokens per step."""
+    location: Location
+    device: str
+    precision: Precision
+    ram_bytes: int
+    """Peak of the whole process: what is there already, other stages, stream, chunk workspace."""
+    device_bytes: int
+    disk_bytes: int
+    seconds: float | None
+    """Of the sweep alone; None if not estimated."""
+
+    def describe(self) -> list[str]:
+        """Plain English, a line per matter."""
+        homes = {"device": f"in the memory of {self.device}", "ram": "in RAM", "disk": "on disk"}
+        stream = format_bytes(self.tokens * self.width * 4)
+        lines = [
+            f"{self.tokens:,} tokens through {self.blocks} blocks, {self.chunk:,} at a time, "
+            f"on {self.device} in {self.precision}",
+            f"token stream: {stream}, {homes[self.location]}",
+            f"RAM: at most {format_bytes(self.ram_bytes)}",
+        ]
+        if self.device_bytes:
+            lines.append(f"device memory: at most {format_bytes(self.device_bytes)}")
+        if self.disk_bytes:
+            lines.append(f"scratch disk: {format_bytes(self.disk_bytes)}")
+        if self.seconds is not None:
+            lines.append(f"time: about {format_seconds(self.seconds)} for the encoder")
+        return lines
+
+
+def plan_sweep(
+    length: int,
+    blocks: Sequence[BlockWeights],
+    *,
+    device: torch.device | str,
+    precision: Precision,
+    max_memory_bytes: int | None = None,
+    max_gpu_memory_bytes: int | None = None,
+    scratch_dir: Path | None = None,
+    chunk: int | None = None,
+    threads: int | None = None,
+    other_bytes: int = 0,
+    estimate: bool = True,
+) -> Plan:
+    """Choose where the stream lives and the chunk length, within the memory allowed.
+
+    The stream goes to the device's memory if it fits, else to RAM, else to a scratch file.
+
+    Args:
+        length: tokens of the sequence.
+        max_memory_bytes: RAM for the process as a whole; 80 % of what it could have if absent.
+        max_gpu_memory_bytes: device memory; 80 % of what is free if absent.
+        scratch_dir: for the scratch file; the system's temporary folder if absent.
+        chunk: tokens per step at most; the kernel's choice if absent.
+        other_bytes: RAM that other stages hold at the same time (decoded pixels, masks, maps).
+        estimate: time one block on a few thousand random tokens to tell how long it will take.
+
+    Raises:
+        ResourceError: no arrangement fits; the message says what would.
+    """
+    device = torch.device(device)
+    width = blocks[0].branches[0].in_proj.shape[1]
+    kernel = prepare_block(blocks[0], device=device, precision=precision, threads=threads)
+    on_cpu = device.type == "cpu"
+    ram_budget = max_memory_bytes or memory.default_memory_budget()
+    ram_base = max(PROCESS_BYTES, memory.resident_bytes()) + other_bytes
+    work_budget = ram_budget - ram_base if on_cpu else _device_budget(device, max_gpu_memory_bytes)
+
+    chunk, work = _fit_chunk(length, blocks, chunk or kernel.chunk, work_budget, device)
+    if work > work_budget:
+        spent = ram_base if on_cpu else 0
+        needed, allowed = format_bytes(work + spent), format_bytes(work_budget + spent)
+        option = "--max-memory" if on_cpu else "--max-gpu-memory"
+        raise ResourceError(
+            f"{length:,} tokens need at least {needed} of {'RAM' if on_cpu else device} even with "
+            f"the token stream elsewhere, and {allowed} is allowed: raise {option}, use a smaller "
+            "model or a larger mpp, or close other programs"
+        )
+    ram = ram_base + (work if on_cpu else 0)
+    stream = length * width * 4
+    location: Location
+    if not on_cpu and work + stream <= work_budget:
+        location = "device"
+    elif ram + stream <= ram_budget:
+        location = "ram"
+    else:
+        location = "disk"
+        _check_disk(length, stream, ram + stream, scratch_dir)
+    seconds = (
+        estimate_seconds(length, len(blocks), kernel, width, device=device, chunk=chunk)
+        + _transfer_seconds(stream * PASSES * len(blocks), location, device)
+        if estimate
+        else None
+    )
+    return Plan(
+        tokens=length,
+        blocks=len(blocks),
+        width=width,
+        chunk=chunk,
+        location=location,
+        device=str(device),
+        precision=precision,
+        ram_bytes=ram + (stream if location == "ram" else 0),
+        device_bytes=0 if on_cpu else work + (stream if location == "device" else 0),
+        disk_bytes=stream if location == "disk" else 0,
+        seconds=seconds,
+    )
+
+
+def estimate_seconds(
+    length: int, depth: int, kernel: BlockKernel, width: int, *, device: torch.device, chunk: int
+) -> float:
+    """Time of `depth` blocks like `kernel` over `length` tokens, from a run on random rows.
+
+    Each of the two calls of a block is timed on one chunk (at most 4,096 tokens on a CPU), the best
+    of three after one to warm up. Other work on the machine and slow memory are not in it.
+    """
+    tokens = min(chunk, length, CALIBRATION_TOKENS if device.type == "cpu" else chunk)
+    if tokens == 0:
+        return 0.0
+    rows = torch.randn(tokens, width, device=device)
+    halo = torch.zeros(kernel.halo, width, device=device)
+    forward, reverse = kernel.zero_states(reverse=False), kernel.zero_states(reverse=True)
+    update = _best_seconds(lambda: kernel.update(rows, halo, halo, forward, reverse), device)
+    seconds = update * length / tokens
+    if reverse and length > chunk:
+        edge = _best_seconds(lambda: kernel.edge_states(rows, halo, halo, reverse), device)
+        seconds += edge * (length - chunk) / tokens
+    return seconds * depth
+
+
+def work_bytes(
+    length: int, blocks: Sequence[BlockWeights], chunk: int, device: torch.device
+) -> int:
+    """Memory of a sweep besides the stream: a chunk's temporaries and the states at chunk edges."""
+    tokens = min(chunk, length)
+    branch = blocks[0].branches[0]
+    d_model, d_inner = branch.out_proj.shape
+    floats = tokens * (CHUNK_FLOATS_PER_CHANNEL * d_inner + 4 * d_model)
+    if backend_name(device) == "torch":
+        hidden = tokens * d_inner * branch.directions[0].A.shape[1]
+        floats += 3 * min(hidden, HIDDEN_BUDGET.get(device.type, HIDDEN_BUDGET_ACCELERATOR))
+    return floats * 4 + edge_state_bytes(length, blocks, chunk)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: "45 s", "12 min", "3.2 h"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _fit_chunk(
+    length: int, blocks: Sequence[BlockWeights], chunk: int, budget: int, device: torch.device
+) -> tuple[int, int]:
+    """The longest of chunk, chunk / 2, ... whose memory fits, else the one that needs least."""
+    options = []
+    while not options or chunk >= SMALLEST_CHUNK:
+        options.append((chunk, work_bytes(length, blocks, chunk, device)))
+        chunk //= 2
+    fitting = [option for option in options if option[1] <= budget]
+    return fitting[0] if fitting else min(options, key=lambda option: option[1])
+
+
+def _device_budget(device: torch.device, given: int | None) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:  # such as Apple's, whose GPU shares the RAM
+        free = memory.available_memory()
+    return min(given or free, int(memory.DEFAULT_SHARE * free))
+
+
+def _check_disk(length: int, stream: int, ram_needed: int, scratch_dir: Path | None) -> None:
+    folder = scratch_dir if scratch_dir is not None else Path(gettempdir())
+    free = memory.free_disk(folder)
+    if memory.is_memory_backed(folder):
+        reason = f"{folder} is no disk but RAM"
+    elif free < stream:
+        reason = f"{folder} has {format_bytes(free)} free"
+    else:
+        return
+    raise ResourceError(
+        f"{length:,} tokens need {format_bytes(ram_needed)} of RAM, or {format_bytes(stream)} of "
+        f"disk, but {reason}: raise --max-memory, set --scratch-dir to a disk with room, or use a "
+        "larger mpp or a tissue mask"
+    )
+
+
+def _transfer_seconds(size: int, location: Location, device: torch.device) -> float:
+    """Time to move `size` bytes of the stream in all, where they are not beside the compute."""
+    if location == "disk" and size > PASSES * memory.available_memory():
+        return size / DISK_BYTES_PER_S
+    return size / LINK_BYTES_PER_S if location != "device" and device.type == "cuda" else 0.0
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
