@@ -1,0 +1,93 @@
+"""Which model runs on a slide, and at which resolution."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gigavim.config import ModelSettings
+from gigavim.errors import ModelError
+from gigavim.model.card import ModelCard
+from gigavim.model.checkpoint import list_models, load_model
+
+if TYPE_CHECKING:
+    from gigavim.model.heads import SegmentationModel
+    from gigavim.slides.base import Slide
+
+DEFAULT_SLIDE_MODEL = "histo-nuclei-nano"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A model made for a slide, and the resolution at which it sees it."""
+
+    model: "SegmentationModel"
+    card: ModelCard
+    mpp: float | None
+    """Micrometres per pixel; None where the slide's level-0 pixels are taken as they are."""
+
+
+def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
+    """Load the model that the settings name, or the default for the kind of image, and check the fit.
+
+    A slide fits when its mpp is known and within the card's range. With `allow_mpp_mismatch` any slide
+    will do: one that is finer than the model's mpp is still brought to it, any other is seen pixel by
+    pixel as it is.
+
+    Raises:
+        ModelError: no model fits, or it is not the slide's resolution or kind.
+        MissingMppError: the slide does not state its mpp, and one is needed.
+    """
+    name = settings.name if settings.name != "auto" else _default_for(slide)
+    model, card = load_model(name)
+    if settings.weights:
+        model = load_other_weights(card, Path(settings.weights))
+    return Choice(model, card, resolution(slide, card, settings))
+
+
+def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> float | None:
+    """The mpp at which the model sees the slide; see `choose_model`."""
+    from gigavim.tokens.grid import missing_mpp
+
+    wanted = settings.mpp or card.mpp
+    finest, coarsest = card.mpp_range
+    if settings.allow_mpp_mismatch:
+        if slide.mpp is None:
+            return None
+        own = (slide.mpp.x * slide.mpp.y) ** 0.5
+        return wanted if settings.mpp or own <= coarsest * 1.05 else None
+    if slide.mpp is None:
+        raise missing_mpp(slide.path)
+    own = (slide.mpp.x * slide.mpp.y) ** 0.5
+    # A finer scan is brought to the model's resolution without loss; a coarser one lacks the detail.
+    if own > coarsest * 1.05 or not finest * 0.95 <= wanted <= coarsest * 1.05:
+        seen = max(own, wanted)
+        raise ModelError(
+            f"{slide.path}: {card.name} was trained for {finest:g} to {coarsest:g} um per pixel, this"
+            f" would be {seen:.4g} (from {slide.mpp.source}). Choose another --model, correct the"
+            " file's resolution with --slide-mpp, or insist with --allow-mpp-mismatch."
+        )
+    return wanted
+
+
+def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
+    """A model of the card's architecture with the weights of another safetensors file.
+
+    Raises:
+        ModelError: the file cannot be read, or its tensors do not fit.
+    """
+    from gigavim.model.heads import SegmentationModel
+    from gigavim.model.vim import Vim
+    from gigavim.model.weights import fill, read_safetensors
+
+    model = SegmentationModel(Vim(card.config), len(card.classes))
+    fill(model, read_safetensors(path), source=path)
+    return model.eval()
+
+
+def _default_for(slide: "Slide") -> str:
+    if slide.georeference is not None:
+        raise ModelError(
+            f"{slide.path}: no shipped model is made for georeferenced rasters. Name one with --model"
+            f" (shipped: {', '.join(list_models())}) and add --allow-mpp-mismatch to try it."
+        )
+    return DEFAULT_SLIDE_MODEL
