@@ -1,0 +1,1 @@
+"""Procedural painters and writers behind `sample_data/make.py`."""
