@@ -1,0 +1,192 @@
+"""Regions of a label map as polygons along pixel edges, exact and independent of the tiling.
+
+A region is a 4-connected set of pixels: pixels that touch at a corner only are two regions. The
+map is gone through in tiles, row by row; what touches no seam between tiles is done at once, the
+rest is kept until the sweep has passed it and then united (`gigavim.outputs.seams`).
+"""
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import shapely
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.features import shapes
+
+from gigavim.errors import OutputError
+from gigavim.frames import ClassSpec
+from gigavim.outputs.labels import LabelMap
+from gigavim.outputs.seams import Seams, TilePieces, canonical
+
+TILE_PX = 2048
+_TRACING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """Some of the regions of a map."""
+
+    labels: np.ndarray
+    """(n,) int64 label value of each."""
+    polygons: np.ndarray
+    """(n,) shapely polygons in map pixels: counter-clockwise in x right, y up (RFC 7946), starting
+    at the lowest x, then y; vertices at corners only."""
+
+
+def regions(
+    labels: LabelMap,
+    classes: Sequence[ClassSpec],
+    *,
+    tile_px: int = TILE_PX,
+    workers: int = 2,
+    done: Callable[[int], None] | None = None,
+) -> Iterator[Regions]:
+    """Yield the regions of every class that is exported, in an order that depends on the tiling.
+
+    A class's regions include the pixels of all classes below it (`ClassSpec.parent`); classes whose
+    object type is "none" have none.
+
+    Args:
+        labels: the label map.
+        classes: what each label value means.
+        tile_px: side of the tiles; no result depends on it.
+        workers: threads that read and trace tiles.
+        done: called with the map pixels finished since the last call.
+
+    Raises:
+        OutputError: classes name an unknown parent, or each other in a circle.
+    """
+    tables = layer_tables(classes)
+    seams = [Seams(labels.width) for _ in tables]
+    # A label that is no class has no table entry, and must not vanish in silence.
+    known = np.arange(256) < len(classes)
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="polygons") as pool:
+        for y in range(0, labels.height, tile_px):
+            y1 = min(y + tile_px, labels.height)
+
+            def trace(x: int, y: int = y, y1: int = y1) -> list[TilePieces]:
+                window = labels.read(y, y1, x, min(x + tile_px, labels.width))
+                if not known[window].all():
+                    raise OutputError(f"the label map holds more than {len(classes)} classes")
+                return [
+                    _trace_tile(table[window], x=x, y=y, map_hw=(labels.height, labels.width))
+                    for table in tables
+                ]
+
+            for tile in _ahead(pool, trace, range(0, labels.width, tile_px), depth=2 * workers):
+                for layer, pieces in zip(seams, tile, strict=True):
+                    if len(pieces.inner_labels):
+                        yield Regions(pieces.inner_labels, pieces.inner)
+                    layer.add(pieces)
+                if done is not None:
+                    done(tile[0].height * tile[0].width)
+            for layer in seams:
+                ended = Regions(*layer.finish_row(last=y1 == labels.height))
+                if len(ended.labels):
+                    yield ended
+
+
+def layer_tables(classes: Sequence[ClassSpec]) -> list[np.ndarray]:
+    """(256,) uint8 look-up tables, one per depth of the class tree: label -> 1 + class to draw.
+
+    In one layer each pixel belongs to at most one class: its ancestor (or itself) at that depth.
+    """
+    if len(classes) > 255:
+        raise OutputError(f"{len(classes)} classes: polygons are written for at most 255")
+    lineages = [lineage(classes, value) for value in range(len(classes))]
+    tables = []
+    for depth in range(max((len(line) for line in lineages), default=0)):
+        table = np.zeros(256, np.uint8)
+        for value, line in enumerate(lineages):
+            if depth < len(line) and is_exported(classes[line[depth]]):
+                table[value] = line[depth] + 1
+        if table.any():
+            tables.append(table)
+    return tables or [np.zeros(256, np.uint8)]
+
+
+def lineage(classes: Sequence[ClassSpec], value: int) -> list[int]:
+    """Label values from the root of the class tree down to `value`."""
+    by_name = {spec.name: index for index, spec in enumerate(classes)}
+    line = [value]
+    while (parent := classes[line[0]].parent) is not None:
+        if parent not in by_name or by_name[parent] in line:
+            raise OutputError(
+                f"class {classes[line[0]].name!r}: its parent {parent!r} is "
+                + ("no class" if parent not in by_name else "below it")
+            )
+        line.insert(0, by_name[parent])
+    return line
+
+
+def is_exported(spec: ClassSpec) -> bool:
+    """Whether regions of the class are written."""
+    return spec.object_type != "none" and spec.name.casefold() != "background"
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    job: Callable[[int], list[TilePieces]],
+    items: Sequence[int],
+    *,
+    depth: int,
+) -> Iterator[list[TilePieces]]:
+    """Results of `job` in order, at most `depth` of them computed ahead."""
+    waiting: deque[Future[list[TilePieces]]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(job, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _trace_tile(values: np.ndarray, *, x: int, y: int, map_hw: tuple[int, int]) -> TilePieces:
+    """Polygons of a tile of (label + 1) values whose top-left pixel is (x, y)."""
+    height, width = values.shape
+    found = _shapes(values) if values.any() else []
+    rings = [ring for geometry, _ in found for ring in geometry["coordinates"]]
+    ring_starts = np.cumsum([0, *map(len, rings)])
+    polygon_starts = np.cumsum([0, *(len(geometry["coordinates"]) for geometry, _ in found)])
+    flat = chain.from_iterable(chain.from_iterable(rings))
+    xy = np.fromiter(flat, np.float64, count=2 * ring_starts[-1]).reshape(-1, 2)
+    xy += (x, y)
+    polygons = shapely.from_ragged_array(
+        shapely.GeometryType.POLYGON, xy, (ring_starts, polygon_starts)
+    )
+    labels = np.array([value for _, value in found], np.int64) - 1
+    left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
+    at_seam = (
+        ((left == x) & (x > 0))
+        | ((top == y) & (y > 0))
+        | ((right == x + width) & (x + width < map_hw[1]))
+        | ((bottom == y + height) & (y + height < map_hw[0]))
+    )
+    return TilePieces(
+        x=x,
+        y=y,
+        width=width,
+        height=height,
+        inner_labels=labels[~at_seam],
+        inner=canonical(polygons[~at_seam]),
+        seam_labels=labels[at_seam],
+        seam=polygons[at_seam],
+    )
+
+
+def _shapes(values: np.ndarray) -> list[tuple[dict[str, Any], float]]:
+    # rasterio warns that an array is not georeferenced. Filters of warnings belong to the process,
+    # so one thread at a time; tracing holds the interpreter's lock anyway.
+    with _TRACING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return list(shapes(values, mask=values > 0, connectivity=4))
