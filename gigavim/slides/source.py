@@ -1,0 +1,150 @@
+"""A first look at a path: what kind of file it is, by its content and not by its name."""
+
+import difflib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gigavim.errors import CorruptSlideError, SlideError, UnsupportedSlideError
+
+log = logging.getLogger(__name__)
+
+Kind = Literal[
+    "zarr",
+    "dicom",
+    "tiff",
+    "vendor tiff",
+    "geotiff",
+    "jpeg2000",
+    "image",
+    "georeferenced image",
+    "openslide",
+    "unknown",
+]
+
+HEAD_BYTES = 4096
+
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")
+JPEG2000_MAGIC = (b"\0\0\0\x0cjP  \r\n", b"\xff\x4f\xff\x51")
+ZARR_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
+GEO_SIDECARS = (".aux.xml", ".wld", ".jgw", ".pgw", ".bpw", ".jpw", ".tfw")
+
+GEO_TAGS = frozenset((33550, 33922, 34264, 34735))
+VENDOR_SUFFIXES = frozenset((".ndpi", ".scn", ".bif"))
+NDPI_TAG = 65420
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A path and what it holds."""
+
+    path: Path
+    kind: Kind
+
+
+def look_at(path: Path) -> Source:
+    """Find out what a path holds.
+
+    Raises:
+        SlideError: if there is nothing to read: a missing or empty file, a Git LFS pointer, a
+            directory that is no slide.
+    """
+    if not path.exists():
+        raise SlideError(f"{path}: does not exist{_did_you_mean(path)}")
+    if path.is_dir():
+        return Source(path, _kind_of_directory(path))
+    if not path.is_file():
+        raise UnsupportedSlideError(f"{path}: is not an ordinary file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except PermissionError as error:
+        raise SlideError(f"{path}: no permission to read it; ask its owner or chmod it") from error
+    except OSError as error:
+        raise CorruptSlideError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not head:
+        raise CorruptSlideError(f"{path}: is empty; copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise UnsupportedSlideError(
+            f"{path}: is a Git LFS pointer, not the image itself; fetch it with: git lfs pull"
+        )
+    return Source(path, _kind_of_file(path, head))
+
+
+def _kind_of_file(path: Path, head: bytes) -> Kind:
+    if head.startswith(TIFF_MAGIC):
+        return _kind_of_tiff(path)
+    if head.startswith(JPEG2000_MAGIC):
+        return "jpeg2000"
+    if head.startswith(IMAGE_MAGIC):
+        beside = (Path(f"{path}{end}") for end in GEO_SIDECARS)
+        instead = (path.with_suffix(end) for end in GEO_SIDECARS if end != ".aux.xml")
+        if any(item.exists() for item in (*beside, *instead)):
+            return "georeferenced image"
+        return "image"
+    if head[128:132] == b"DICM":
+        return "dicom"
+    return _kind_by_openslide(path)
+
+
+def _kind_by_openslide(path: Path) -> Kind:
+    import openslide
+
+    try:
+        vendor = openslide.OpenSlide.detect_format(path)
+    except openslide.OpenSlideError:
+        vendor = None
+    if vendor is None:
+        return "unknown"
+    return "dicom" if vendor == "dicom" else "openslide"
+
+
+def _kind_of_tiff(path: Path) -> Kind:
+    import tifffile
+
+    # On damaged headers tifffile raises whatever comes; the reader says what it is.
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            if GEO_TAGS & {tag.code for tag in page.tags} or path.with_suffix(".tfw").exists():
+                return "geotiff"
+            vendor = tiff.is_ndpi or NDPI_TAG in page.tags or page.is_scn or page.is_bif
+            if vendor or page.is_philips or path.suffix.lower() in VENDOR_SUFFIXES:
+                return "vendor tiff"
+    except Exception as error:
+        log.debug("%s: %s", path, error)
+    return "tiff"
+
+
+def _kind_of_directory(path: Path) -> Kind:
+    if any((path / name).exists() for name in ZARR_FILES):
+        return "zarr"
+    if any(_is_dicom(item) for item in sorted(path.iterdir())[:64]):
+        return "dicom"
+    files = [item.name for item in path.iterdir() if item.is_file()]
+    shown = f"; it holds {', '.join(sorted(files)[:3])}" if files else ""
+    raise UnsupportedSlideError(
+        f"{path}: is a directory and no slide (no OME-Zarr, no DICOM){shown}; give one slide"
+    )
+
+
+def _is_dicom(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _did_you_mean(path: Path) -> str:
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return f"; nor does the folder {path.parent}"
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else "; check the path"

@@ -1,0 +1,277 @@
+"""The direct TIFF reader: the bytes of a tile from the file, through one decoder, into place.
+
+Reads SVS, BigTIFF, OME-TIFF with sub-IFDs, QPTIFF, tiled and striped, one level or many. On JPEG it is
+about four times as fast as OpenSlide, since nothing lies between the decoder and the result.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+import tifffile
+
+from gigavim.errors import CorruptSlideError, TileReadError, UnsupportedSlideError
+from gigavim.frames import Bounds, Mpp
+from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide, level_downsample
+from gigavim.slides.cache import TileCache
+from gigavim.slides.handles import ThreadHandles
+from gigavim.slides.mpp import choose_mpp, from_description, from_ome, from_resolution
+from gigavim.slides.ome import pixels_attributes
+from gigavim.slides.pixels import choose_rule
+from gigavim.slides.tiff_structure import Plane, TiffLevel, parse
+
+log = logging.getLogger(__name__)
+
+SAMPLE_SEGMENTS = 64
+"""Segments, spread over the coarsest level, from which a brightness scale is taken."""
+
+RESOLUTION_UNITS = {2: "inch", 3: "cm"}
+
+ICC_TAG = 34675
+
+
+class TiffSlide(Slide):
+    """A slide read straight from its TIFF file.
+
+    Raises:
+        CorruptSlideError: if the file's claims contradict each other or its size.
+        UnsupportedSlideError: if its samples or compression are not read here.
+    """
+
+    reader = "tiff"
+
+    def __init__(self, path: Path, options: OpenOptions | None = None) -> None:
+        self.path = path
+        self.options = options or OpenOptions()
+        self.background_rgb = WHITE
+        self.georeference = None
+        self.tiles_decoded = 0
+        try:
+            self._tiff = tifffile.TiffFile(path)
+        except OSError:
+            raise
+        # On damaged headers tifffile raises whatever comes.
+        except Exception as error:
+            raise CorruptSlideError(
+                f"{path}: is a damaged TIFF ({error}); export it again"
+            ) from error
+        try:
+            self._open()
+        except BaseException:
+            self._tiff.close()
+            raise
+
+    def _open(self) -> None:
+        path, options = self.path, self.options
+        structure = parse(path, self._tiff, choosing=options.channels is not None)
+        self._structure = structure
+        finest = structure.levels[0]
+        self._files = ThreadHandles[BinaryIO](lambda: path.open("rb", buffering=0))
+        self._cache = TileCache()
+        self._decoders = [
+            [_decoder(plane, level.raw_dtype, structure.bands_per_plane) for plane in level.planes]
+            for level in structure.levels
+        ]
+        self.levels = tuple(
+            Level(
+                width=level.width,
+                height=level.height,
+                downsample_x=level_downsample(finest.width, level.width),
+                downsample_y=level_downsample(finest.height, level.height),
+                tile_width=level.segment_width,
+                tile_height=level.segment_height,
+            )
+            for level in structure.levels
+        )
+        self.bounds = Bounds(0, 0, finest.width, finest.height)
+        self._rule = choose_rule(path, structure.layout, options.channels, self._sample)
+        page = finest.planes[0].page
+        self.mpp = choose_mpp(path, _claims(self._tiff, page), user=options.mpp)
+        self.description = {
+            "format": f"TIFF ({structure.kind})",
+            "compression": str(getattr(page.compression, "name", page.compression)),
+            "pixels": self._rule.text,
+        }
+        if any(axis in structure.axes for axis in "TZQI"):
+            self.description["planes"] = f"first of axes {structure.axes}"
+        if ICC_TAG in page.tags:
+            self.description["icc"] = "present, not applied"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._files.close()
+        self._cache.clear()
+        self._tiff.close()
+
+    def _read_inside(self, level: int, x: int, y: int, width: int, height: int) -> RGB:
+        table = self._structure.levels[level]
+        wide, high = table.segment_width, table.segment_height
+        out = np.empty((height, width, 3), np.uint8)
+        for row in range(y // high, (y + height - 1) // high + 1):
+            for column in range(x // wide, (x + width - 1) // wide + 1):
+                left, upper = column * wide, row * high
+                right, lower = min(left + wide, table.width), min(upper + high, table.height)
+                x0, x1 = max(left, x), min(right, x + width)
+                y0, y1 = max(upper, y), min(lower, y + height)
+                whole = (x0, y0, x1, y1) == (left, upper, right, lower)
+                tile = self._tile(level, row * table.columns + column, keep=not whole)
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
+                    y0 - upper : y1 - upper, x0 - left : x1 - left
+                ]
+        return out
+
+    def _tile(self, level: int, index: int, *, keep: bool) -> RGB:
+        key = (level, index)
+        if keep:
+            return self._cache.get(key, lambda: self._decode(level, index))
+        tile = self._cache.find(key)
+        return tile if tile is not None else self._decode(level, index)
+
+    def _decode(self, level: int, index: int) -> RGB:
+        """Return (segment_height, segment_width, 3), or less at the level's edges."""
+        raw = self._decode_raw(level, index)
+        if raw is None:
+            table = self._structure.levels[level]
+            return self._background(table.segment_width, table.segment_height)
+        return self._rule.apply(raw, self.background_rgb)
+
+    def _decode_raw(self, level: int, index: int) -> npt.NDArray[np.generic] | None:
+        """Return (h, w, bands) raw samples, or None of a segment left out on purpose."""
+        table = self._structure.levels[level]
+        parts = []
+        for plane, decode in zip(table.planes, self._decoders[level]):
+            offset, count = int(plane.offsets[index]), int(plane.byte_counts[index])
+            if offset <= 0 or count <= 0:
+                if self._structure.missing_is_empty:
+                    return None
+                raise self._unreadable(level, index, "it has no bytes")
+            try:
+                data = self._pread(offset, count)
+                part = decode(data, index)
+            except Exception as error:  # codecs raise errors of many unrelated kinds
+                raise self._unreadable(level, index, str(error)) from error
+            parts.append(part)
+        raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        row, column = divmod(index, table.columns)
+        need_h = min(table.segment_height, table.height - row * table.segment_height)
+        need_w = min(table.segment_width, table.width - column * table.segment_width)
+        if raw.shape[0] < need_h or raw.shape[1] < need_w:
+            raise self._unreadable(
+                level, index, f"it decodes to {raw.shape[1]} x {raw.shape[0]} px"
+            )
+        self.tiles_decoded += 1
+        return raw
+
+    def _pread(self, offset: int, count: int) -> bytes:
+        file = self._files.get()
+        file.seek(offset)
+        data = file.read(count)
+        if len(data) < count:
+            raise EOFError("it lies beyond the end of the file")
+        return data
+
+    def _unreadable(self, level: int, index: int, why: str) -> TileReadError:
+        row, column = divmod(index, self._structure.levels[level].columns)
+        return TileReadError(
+            f"{self.path}: tile ({column}, {row}) of level {level} cannot be decoded: {why}"
+        )
+
+    def _sample(self) -> npt.NDArray[np.generic]:
+        """Return raw samples (n, bands) from segments spread over the coarsest level."""
+        level = len(self._structure.levels) - 1
+        table = self._structure.levels[level]
+        count = table.columns * table.rows
+        chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLE_SEGMENTS)).astype(int))
+        parts = []
+        for index in chosen.tolist():
+            try:
+                raw = self._decode_raw(level, index)
+            except TileReadError:
+                continue
+            if raw is not None:
+                parts.append(raw.reshape(-1, raw.shape[-1]))
+        bands = self._structure.layout.bands
+        dtype = self._structure.layout.dtype
+        return np.concatenate(parts) if parts else np.empty((0, bands), dtype)
+
+
+def _decoder(
+    plane: Plane, raw_dtype: np.dtype[np.generic] | None, bands: int
+) -> Callable[[bytes, int], npt.NDArray[np.generic]]:
+    """Return what turns a segment's bytes and index into (h, w, bands)."""
+    page: Any = plane.page
+    if raw_dtype is not None:
+        width = int(page.imagewidth)
+
+        def plain(data: bytes, index: int) -> npt.NDArray[np.generic]:
+            usable = len(data) // (width * bands * raw_dtype.itemsize) * width * bands
+            samples = np.frombuffer(data, raw_dtype, usable).reshape(-1, width, bands)
+            return samples.astype(raw_dtype.newbyteorder("="), copy=False)
+
+        return plain
+    if page.compression in (33003, 33004):
+        raise UnsupportedSlideError(
+            f"{page.parent.filename}: has JPEG 2000 tiles in YCbCr, which OpenSlide should read"
+        )
+    if page.is_subsampled and page.compression not in (6, 7, 34892, 33007):
+        raise UnsupportedSlideError(
+            f"{page.parent.filename}: has subsampled colours without JPEG; convert it to RGB"
+        )
+    tables, header = page.jpegtables, page.jpegheader
+    colours = page.photometric in (2, 6) and page.samplesperpixel == 3 and page.planarconfig == 1
+    if page.compression == 7 and page.dtype == np.uint8 and colours and header is None:
+        # The tag, not the stream, says how colours are coded: Aperio's RGB has no marker of it.
+        colourspace, outcolourspace = tifffile.tifffile.jpeg_decode_colorspace(
+            page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
+        )
+
+        def jpeg(data: bytes, index: int) -> npt.NDArray[np.generic]:
+            decoded: npt.NDArray[np.generic] = imagecodecs.jpeg8_decode(
+                data, tables=tables, colorspace=colourspace, outcolorspace=outcolourspace
+            )
+            return decoded
+
+        return jpeg
+    decode_page = page.decode
+
+    def general(data: bytes, index: int) -> npt.NDArray[np.generic]:
+        decoded, _, _ = decode_page(
+            data, plane.first_index + index, jpegtables=tables, jpegheader=header
+        )
+        return decoded[0]  # type: ignore[no-any-return]
+
+    return general
+
+
+def _claims(tiff: tifffile.TiffFile, page: Any) -> list[Mpp | None]:
+    """Return what the file says of the pixel size, the most trusted first."""
+    claims: list[Mpp | None] = []
+    if tiff.is_ome:
+        said = pixels_attributes(tiff.ome_metadata or "")
+        claims.append(
+            from_ome(
+                said.get("PhysicalSizeX"),
+                said.get("PhysicalSizeY"),
+                said.get("PhysicalSizeXUnit"),
+                said.get("PhysicalSizeYUnit"),
+            )
+        )
+    text = page.description if isinstance(page.description, str) else ""
+    claims.append(from_description(text))
+    unit = RESOLUTION_UNITS.get(int(page.tags.valueof(296, 2)), "")
+    if tiff.is_imagej:
+        unit = str((tiff.imagej_metadata or {}).get("unit", ""))
+    claims.append(
+        from_resolution(_rational(page.tags.valueof(282)), _rational(page.tags.valueof(283)), unit)
+    )
+    return claims
+
+
+def _rational(value: Any) -> float | None:
+    if isinstance(value, tuple) and len(value) == 2 and value[1]:
+        return float(value[0]) / float(value[1])
+    return None
