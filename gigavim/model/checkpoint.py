@@ -20,6 +20,11 @@ def list_models() -> dict[str, ModelCard]:
     return {folder.name: read_card(folder / CARD_NAME) for folder in _shipped_folders()}
 
 
+def load_card(name_or_path: str | Path) -> ModelCard:
+    """Read the card of a model, named as for `load_model`; torch is not imported."""
+    return read_card(_model_folder(name_or_path) / CARD_NAME)
+
+
 def load_model(name_or_path: str | Path) -> tuple["SegmentationModel", ModelCard]:
     """Load a model for inference, on the CPU in float32.
 

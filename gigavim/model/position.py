@@ -47,7 +47,7 @@ def grid_position(
     spread = torch.zeros(len(distinct), rows, dtype=torch.float64, device=table.device)
     spread.scatter_add_(1, row_taps, row_weights)  # clamped taps meet at the border
     lines = spread.to(table.dtype) @ table.view(rows, -1)  # (r, cols * D)
-    lines = lines.view(len(distinct) * cols, -1)  # (r * cols, D)
+    lines = lines.view(len(distinct) * cols, table.shape[1])  # (r * cols, D)
     weights = col_weights.to(table.dtype)
     taps = [lines[place * cols + col_taps[:, k]] * weights[:, k, None] for k in range(4)]
     return taps[0] + taps[1] + taps[2] + taps[3]

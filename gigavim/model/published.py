@@ -48,6 +48,7 @@ def infer_config(state: dict[str, Tensor]) -> VimConfig:
     """Read the configuration off a state dict; raises `ModelError` where shapes do not tell it."""
     d_model, in_channels, patch_px, _ = _shape(state, "patch_embed.proj.weight", 4)
     d_inner, d_state = _shape(state, "layers.0.mixer.A_log", 2)
+    rank = _shape(state, "layers.0.mixer.dt_proj.weight", 2)[1]
     class_token: ClassToken = "none"
     if "cls_token_head" in state:
         class_token = "double"
@@ -66,7 +67,7 @@ def infer_config(state: dict[str, Tensor]) -> VimConfig:
         d_state=d_state,
         d_conv=_shape(state, "layers.0.mixer.conv1d.weight", 3)[2],
         expand=d_inner // d_model,
-        dt_rank=_shape(state, "layers.0.mixer.dt_proj.weight", 2)[1],
+        dt_rank=None if rank == math.ceil(d_model / 16) else rank,
         patch_px=patch_px,
         stride_px=_stride(patch_px, side),
         in_channels=in_channels,
