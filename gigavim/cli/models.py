@@ -17,7 +17,7 @@ def command(name: str | None, as_json: bool) -> None:
       gigavim models
       gigavim models histo-nuclei-nano
     """
-    from gigavim.model.card import list_models, load_card
+    from gigavim.model.checkpoint import list_models, load_card
 
     cards = list_models() if name is None else {name: load_card(name)}
     if as_json:
