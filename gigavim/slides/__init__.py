@@ -20,7 +20,7 @@ def open_slide(
     Args:
         path: a file, or a folder of OME-Zarr or DICOM.
         mpp: micrometres per level-0 pixel, where the file does not say or is wrong.
-        channels: which three channels are red, green and blue, of a file with more or nameless ones.
+        channels: the three channels to take as red, green and blue, of a file that does not say.
 
     Raises:
         SlideError: if it cannot be read; the message says why and what to do.

@@ -76,8 +76,8 @@ def level_downsample(size_level0: int, size_level: int) -> float:
 class Slide(ABC):
     """An image of any size, as RGB pixels at any resolution.
 
-    Coordinates are level-0 pixels, x right and y down. Reading is thread-safe; a slide pickles as its
-    path and options and is opened anew where it is unpickled.
+    Coordinates are level-0 pixels, x right and y down. Reading is thread-safe; a slide pickles as
+    its path and options and is opened anew where it is unpickled.
     """
 
     path: Path
@@ -166,9 +166,10 @@ class Slide(ABC):
     ) -> RGB:
         """Return (height, width, 3) at a wanted resolution.
 
-        Pixel (i, j) covers level-0 x in [x + i s, x + (i + 1) s) and y alike, where s is `scale_xy`, or
-        follows from `mpp`, or is 1. A pixel's value does not depend on the region asked for, beyond
-        one grey level; at a level's own resolution and whole offsets it is that level's pixel.
+        Pixel (i, j) covers level-0 x in [x + i s, x + (i + 1) s), y alike; s is `scale_xy`, or
+        follows from `mpp`, or is 1. A pixel's value does not depend on the region asked for,
+        beyond one grey level; at a level's own resolution and whole offsets it is that level's
+        pixel.
 
         Raises:
             MissingMppError: if `mpp` is given and the slide's own is unknown.
@@ -224,8 +225,10 @@ class Slide(ABC):
         import dask.array as da
 
         shape = (self.levels[level].height, self.levels[level].width, 3)
-        chunks = da.core.normalize_chunks((chunk_px, chunk_px, 3), shape, dtype=np.uint8)
-        array: dask.array.Array = da.map_blocks(
+        chunks = da.core.normalize_chunks(  # type: ignore[no-untyped-call]
+            (chunk_px, chunk_px, 3), shape, dtype=np.uint8
+        )
+        array: dask.array.Array = da.map_blocks(  # type: ignore[no-untyped-call]
             _read_chunk,
             slide=self,
             level=level,
@@ -236,7 +239,7 @@ class Slide(ABC):
         return array
 
     def fingerprint(self) -> str:
-        """Return a cheap SHA-256 over the size, head and tail of the file (a folder: its listing)."""
+        """Return a cheap SHA-256: size, head and tail of the file (of a folder, its listing)."""
         digest = hashlib.sha256()
         if self.path.is_dir():
             for item in sorted(p for p in self.path.rglob("*") if p.is_file()):

@@ -20,8 +20,9 @@ MAP_DISTORTION = 0.01
 def ground_mpp(crs: "CRS | None", transform: Affine, width: int, height: int) -> Mpp | None:
     """Return micrometres per pixel at the raster's centre; None without a usable CRS.
 
-    Of a projected CRS these are its own units, unless they are stretched by more than 1 %, as those of
-    Web Mercator are away from the equator; then, and for degrees, the length on the WGS 84 ellipsoid.
+    Of a projected CRS these are its own units, unless they are stretched by more than 1 %, as those
+    of Web Mercator are away from the equator; then, and for degrees, the length on the WGS 84
+    ellipsoid.
     """
     if crs is None or not math.isfinite(transform.determinant) or transform.determinant == 0:
         return None

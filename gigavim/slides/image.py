@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from gigavim.errors import CorruptSlideError, UnsupportedSlideError
+from gigavim.errors import CorruptSlideError, SlideError, UnsupportedSlideError
 from gigavim.frames import Bounds
 from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide
 from gigavim.slides.mpp import choose_mpp, from_resolution
@@ -52,12 +52,15 @@ class ImageSlide(Slide):
         try:
             with warnings.catch_warnings():
                 # The limit is our own, checked before anything is decoded.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                # What Pillow warns about, damaged tags, ends in an error or does not matter.
+                warnings.simplefilter("ignore")
                 self._decode()
         except Image.DecompressionBombError as error:
             raise _too_large(path, str(error)) from error
+        except SlideError:
+            raise
         # Pillow's decoders raise errors of many unrelated kinds on damaged data.
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+        except Exception as error:
             raise CorruptSlideError(
                 f"{path}: cannot be decoded: {error}; copy or export it again"
             ) from error
@@ -108,8 +111,8 @@ def _samples(path: Path, image: Image.Image) -> tuple[npt.NDArray[np.generic], S
         image = image if mode == DECODED_AS[mode] else image.convert(DECODED_AS[mode])
     elif not mode.startswith("I;16"):
         raise UnsupportedSlideError(
-            f"{path}: has samples of Pillow's mode {mode}, a measurement and not a picture; convert it "
-            "to 8 bits first"
+            f"{path}: has samples of Pillow's mode {mode}, a measurement and not a picture; "
+            "convert it to 8 bits first"
         )
     raw = np.asarray(image)
     raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)

@@ -50,7 +50,7 @@ def choose_mpp(
 ) -> Mpp | None:
     """Return the first sensible claim; the user's goes before all.
 
-    Claims outside what microscopes have are dropped, and those more than 5 % apart are warned about.
+    Claims outside what microscopes have are dropped; those more than 5 % apart are warned about.
 
     Args:
         path: the file, for messages.
@@ -164,9 +164,8 @@ def from_ome(
     um_x = UM_PER_UNIT.get((unit_x or "um").lower())
     um_y = UM_PER_UNIT.get((unit_y or "um").lower())
     size_x, size_y = _number(x), _number(y)
-    if None in (um_x, um_y, size_x, size_y):
+    if um_x is None or um_y is None or size_x is None or size_y is None:
         return None
-    assert um_x and um_y and size_x is not None and size_y is not None
     return Mpp(size_x * um_x, size_y * um_y, "OME-XML")
 
 

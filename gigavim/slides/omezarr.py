@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -136,8 +136,8 @@ class ZarrSlide(Slide):
         # Codecs raise errors of many unrelated kinds.
         except Exception as error:
             raise TileReadError(
-                f"{self.path}: {width} x {height} px at ({x}, {y}) of level {level} cannot be decoded: "
-                f"{error}"
+                f"{self.path}: {width} x {height} px at ({x}, {y}) of level {level} cannot be "
+                f"decoded: {error}"
             ) from error
         left = [axis for axis in self._axes if axis in "cyx"]
         pixels = pixels.reshape(
@@ -174,7 +174,7 @@ def _image(path: Path) -> tuple[Any, Mapping[str, Any]]:
 
 def _ome(group: Any) -> Mapping[str, Any]:
     attributes = dict(group.attrs)
-    return attributes.get("ome", attributes)
+    return cast(Mapping[str, Any], attributes.get("ome", attributes))
 
 
 def _check(path: Path, array: Any, axes: Sequence[str]) -> None:

@@ -1,14 +1,16 @@
 """How raw samples become 8-bit RGB: one stated rule per slide, never per tile.
 
-- 8-bit RGB is left as it is; one band of grey is given to all three colours; a palette is expanded.
+- 8-bit RGB is left as it is; one band of grey is given to all three colours; a palette is
+  expanded.
 - Alpha is composited on the slide's background colour.
-- Red, green, blue and a fourth band that is no alpha (near infrared): the first three.
-- 10- to 16-bit colour or grey is scaled linearly from black = 0 to white = 2^bits - 1, where bits is
-  what the file states, else the smallest of 8, 10, 12, 14, 16 that holds the brightest value of a fixed
-  sample of the whole slide. All colours share it, so that the white balance stays.
+- Red, green, blue and a fourth band that is no alpha (near infrared): the first three. What the
+  fourth is, its values tell where the file does not, or wrongly.
+- 10- to 16-bit colour or grey is scaled linearly from black = 0 to white = 2^bits - 1, where bits
+  is what the file states, else the smallest of 8, 10, 12, 14, 16 that holds the brightest value of
+  a fixed sample of the whole slide. All colours share it, so that the white balance stays.
 - Bilevel is black and white.
-- Float, signed and wider integers are measurements and not pictures, and are refused; so are channels
-  that no one calls red, green and blue, until three of them are chosen.
+- Float, signed and wider integers are measurements and not pictures, and are refused; so are
+  channels that no one calls red, green and blue, until three of them are chosen.
 """
 
 from collections.abc import Callable
@@ -28,6 +30,7 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 MOSTLY = 0.5
 """An alpha band of which more than this share is neither clear nor opaque holds something else."""
+
 
 class NotAPictureError(UnsupportedSlideError):
     """The samples are well understood, and no picture: another reader would only hide that."""
@@ -51,7 +54,7 @@ class SampleLayout:
     names: tuple[str, ...] = ()
     """Names of the bands, where the file gives any."""
     are_channels: bool = False
-    """Whether the bands are a microscope's channels: no three of them are a picture by themselves."""
+    """Whether the bands are a microscope's channels: no three are a picture by themselves."""
     significant_bits: int | None = None
     palette: RGB | None = None
     """(entries, 3)."""
@@ -135,6 +138,8 @@ def choose_rule(
     alpha_band = layout.alpha_band
     if alpha_band is not None and not _is_alpha(sample()[..., alpha_band]):
         alpha_band = None
+    if alpha_band is None and channels is None and _is_unnamed_mask(layout, sample):
+        alpha_band = 3
     bands, text = _choose_bands(path, layout, channels, alpha_band)
     table, depth_text = _table(layout, bands, sample)
     alpha_max = 255
@@ -205,8 +210,8 @@ def _choose_bands(
         )
     example = ",".join(str(min(band, layout.bands - 1)) for band in range(3))
     raise NotAPictureError(
-        f"{path}: holds {layout.bands} channels{_named(layout)} and does not say which are red, green "
-        f"and blue; choose three, for example --channels {example} (channels=({example}))"
+        f"{path}: holds {layout.bands} channels{_named(layout)} and does not say which are red, "
+        f"green and blue; choose three, for example --channels {example} (channels=({example}))"
     )
 
 
@@ -242,6 +247,16 @@ def _table(
 def _bits(values: Raw) -> int:
     brightest = int(values.max()) if values.size else 0
     return next(bits for bits in BIT_DEPTHS if brightest < 1 << bits)
+
+
+def _is_unnamed_mask(layout: SampleLayout, sample: Callable[[], Raw]) -> bool:
+    """Tell a fourth band of nothing but 0 and the largest value, which is alpha unsaid."""
+    if layout.bands != 4 or layout.are_channels or layout.alpha_band is not None:
+        return False
+    values, opaque = sample()[..., 3], np.iinfo(np.uint8).max
+    if layout.dtype.itemsize == 2:
+        opaque = np.iinfo(np.uint16).max
+    return bool(values.size and ((values == 0) | (values == opaque)).all())
 
 
 def _is_alpha(values: Raw) -> bool:

@@ -71,7 +71,8 @@ class RasterSlide(Slide):
         except SlideError:
             self.close()
             raise
-        except (RasterioError, OSError, ValueError, MemoryError) as error:
+        # GDAL's own errors reach Python as many unrelated kinds.
+        except Exception as error:
             self.close()
             raise CorruptSlideError(
                 f"{path}: GDAL cannot open it: {error}; copy or export it again"
@@ -127,11 +128,12 @@ class RasterSlide(Slide):
         try:
             raster = self._datasets.get().level(level)
             return np.moveaxis(raster.read(window=Window(x, y, width, height)), 0, -1)
-        except (RasterioError, OSError, ValueError, MemoryError) as error:
+        # GDAL's own errors reach Python as many unrelated kinds.
+        except Exception as error:
             self._datasets.drop()
             raise TileReadError(
-                f"{self.path}: {width} x {height} px at ({x}, {y}) of level {level} cannot be decoded: "
-                f"{error}"
+                f"{self.path}: {width} x {height} px at ({x}, {y}) of level {level} "
+                f"cannot be decoded: {error}"
             ) from error
 
     def _sample(self) -> npt.NDArray[np.generic]:
@@ -159,8 +161,8 @@ def _level(path: Path, finest: rasterio.DatasetReader, raster: rasterio.DatasetR
     block_bytes = block_height * block_width * np.dtype(raster.dtypes[0]).itemsize * raster.count
     if block_bytes > MAX_BLOCK_BYTES:
         raise UnsupportedSlideError(
-            f"{path}: has blocks of {block_width} x {block_height} px ({block_bytes / 1e6:.0f} MB); "
-            "save it as a COG (gdal_translate -of COG)"
+            f"{path}: has blocks of {block_width} x {block_height} px "
+            f"({block_bytes / 1e6:.0f} MB); save it as a COG (gdal_translate -of COG)"
         )
     return Level(
         width=raster.width,

@@ -11,6 +11,7 @@ from gigavim.errors import (
     CorruptSlideError,
     GigavimError,
     SlideError,
+    TileReadError,
     UnsupportedSlideError,
 )
 from gigavim.slides.base import OpenOptions, Slide
@@ -64,6 +65,10 @@ READERS: dict[str, Reader] = {
 }
 
 
+PROBES = 3
+"""Places along each axis at which a newly opened slide is tried."""
+
+
 def open_with_registry(path: Path, options: OpenOptions) -> Slide:
     """Open a slide with the first reader that can.
 
@@ -77,6 +82,7 @@ def open_with_registry(path: Path, options: OpenOptions) -> Slide:
     for name in names:
         try:
             slide = READERS[name].open(path, options)
+            _prove(slide)
         except NotAPictureError:
             raise
         except SlideError as error:
@@ -92,6 +98,28 @@ def open_with_registry(path: Path, options: OpenOptions) -> Slide:
     if failures:
         raise failures[0]
     raise UnsupportedSlideError(
-        f"{path}: is of no format that gigavim reads (whole-slide formats, TIFF, OME-Zarr, GeoTIFF, "
-        "DICOM, PNG, JPEG); check the file"
+        f"{path}: is of no format that gigavim reads (whole-slide formats, TIFF, OME-Zarr, "
+        "GeoTIFF, DICOM, PNG, JPEG); check the file"
     )
+
+
+def _prove(slide: Slide) -> None:
+    """Read single pixels all over the coarsest level: headers open, pixels are what counts.
+
+    Raises:
+        CorruptSlideError: if not one can be read.
+    """
+    index = len(slide.levels) - 1
+    level = slide.levels[index]
+    failure: TileReadError | None = None
+    for row in range(PROBES):
+        for column in range(PROBES):
+            x = column * (level.width - 1) // (PROBES - 1)
+            y = row * (level.height - 1) // (PROBES - 1)
+            try:
+                slide.read_level(index, x, y, 1, 1)
+                return
+            except TileReadError as error:
+                failure = failure or error
+    slide.close()
+    raise CorruptSlideError(f"{failure}; nor can the rest, copy or export it again")

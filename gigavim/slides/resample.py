@@ -1,8 +1,8 @@
 """Exact resampling of a region, independent of how the slide is cut into regions.
 
-Pillow's antialiased `resize` takes a box with fractional edges. Reduction uses its Hamming window and
-enlargement its bilinear one: both are continuous, so that rounding of a box's edge cannot flip a
-source pixel in or out (a box filter's would), and neither overshoots.
+Pillow's antialiased `resize` takes a box with fractional edges. Reduction uses its Hamming window
+and enlargement its bilinear one: both are continuous, so that rounding of a box's edge cannot flip
+a source pixel in or out (a box filter's would), and neither overshoots.
 """
 
 import math

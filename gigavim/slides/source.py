@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -143,7 +142,7 @@ def _is_dicom(path: Path) -> bool:
 
 def _did_you_mean(path: Path) -> str:
     try:
-        names = os.listdir(path.parent)
+        names = [item.name for item in path.parent.iterdir()]
     except OSError:
         return f"; nor does the folder {path.parent}"
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)

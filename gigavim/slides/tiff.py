@@ -1,7 +1,7 @@
 """The direct TIFF reader: the bytes of a tile from the file, through one decoder, into place.
 
-Reads SVS, BigTIFF, OME-TIFF with sub-IFDs, QPTIFF, tiled and striped, one level or many. On JPEG it is
-about four times as fast as OpenSlide, since nothing lies between the decoder and the result.
+Reads SVS, BigTIFF, OME-TIFF with sub-IFDs, QPTIFF, tiled and striped, one level or many. On JPEG it
+is about four times as fast as OpenSlide: nothing lies between the decoder and the result.
 """
 
 import logging
@@ -22,7 +22,7 @@ from gigavim.slides.handles import ThreadHandles
 from gigavim.slides.mpp import choose_mpp, from_description, from_ome, from_resolution
 from gigavim.slides.ome import pixels_attributes
 from gigavim.slides.pixels import choose_rule
-from gigavim.slides.tiff_structure import Plane, TiffLevel, parse
+from gigavim.slides.tiff_structure import Plane, parse
 
 log = logging.getLogger(__name__)
 

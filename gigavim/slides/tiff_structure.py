@@ -111,7 +111,7 @@ def parse(path: Path, tiff: tifffile.TiffFile, *, choosing: bool) -> TiffStructu
             bands_per_plane=layout.bands // len(levels[0].planes),
             kind=series.kind,
             axes=series.axes,
-            missing_is_empty=series.kind != "svs",
+            missing_is_empty=series.kind != "svs" and bool(page.is_tiled),
         )
     except SlideError:
         raise
@@ -217,8 +217,8 @@ def _check_page(path: Path, page: Any) -> None:
         )
     if page.dtype is None:
         raise UnsupportedSlideError(
-            f"{path}: has samples of {page.bitspersample} bits of format {page.sampleformat}, which "
-            "are not read; convert it to 8 bits"
+            f"{path}: has samples of {page.bitspersample} bits of format {page.sampleformat}, "
+            "which are not read; convert it to 8 bits"
         )
     if page.imagedepth != 1:
         raise UnsupportedSlideError(f"{path}: is a volume; extract one plane of it")
@@ -245,16 +245,18 @@ def _check_segments(path: Path, level: TiffLevel, segment_bytes: int, file_bytes
     if segment_bytes > MAX_SEGMENT_BYTES or (segment_bytes > SAFE_SEGMENT_BYTES and bomb):
         raise UnsupportedSlideError(
             f"{path}: has tiles or strips of {level.segment_width} x {level.segment_height} px "
-            f"({segment_bytes / 1e6:.0f} MB) in a file of {file_bytes / 1e6:.1f} MB; if it is sound, "
-            "save it as a tiled TIFF"
+            f"({segment_bytes / 1e6:.0f} MB) in a file of {file_bytes / 1e6:.1f} MB; if it is "
+            "sound, save it as a tiled TIFF"
         )
     for plane in level.planes:
         present = (plane.byte_counts > 0) & (plane.offsets > 0)
         ends = plane.offsets + plane.byte_counts
-        if present.any() and not (present & (plane.offsets < file_bytes)).any():
+        if not present.any():
+            raise CorruptSlideError(f"{path}: has no bytes for any of its tiles; export it again")
+        if not (present & (plane.offsets < file_bytes)).any():
             raise CorruptSlideError(
-                f"{path}: every tile lies beyond the end of the file ({file_bytes} bytes); it was cut "
-                "off, copy it again"
+                f"{path}: every tile lies beyond the end of the file ({file_bytes} bytes); it was "
+                "cut off, copy it again"
             )
         cut = int((present & ((ends > file_bytes) | (ends < 0))).sum())
         if cut:
@@ -278,7 +280,8 @@ def _raw_dtype(page: Any) -> np.dtype[np.generic] | None:
     plain = page.compression == 1 and page.predictor == 1 and page.fillorder == 1
     if not plain or page.is_subsampled or page.bitspersample not in (8, 16, 32, 64):
         return None
-    return np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
+    dtype: np.dtype[np.generic] = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
+    return dtype
 
 
 def _cut_strips(level: TiffLevel, row_bytes: int) -> TiffLevel:
