@@ -175,13 +175,13 @@ def _scan(direction: Direction, inner: Tensor, gate: Tensor) -> Tensor:
     dt_low, B, C = low[..., :rank], low[..., rank : rank + states], low[..., rank + states :]
     dt = F.linear(dt_low, direction.dt_weight)  # (B, L, E), before bias and softplus
     return selective_scan(
-        _full(u),
-        _full(dt),
+        full_precision(u),
+        full_precision(dt),
         direction.A,
-        _full(B),
-        _full(C),
+        full_precision(B),
+        full_precision(C),
         direction.D,
-        _full(gate),
+        full_precision(gate),
         direction.dt_bias,
         reverse=direction.reverse,
     ).y
@@ -195,7 +195,7 @@ def _init_step(linear: nn.Linear) -> None:
     linear.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
-def _full(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
     """Lift the half precisions that autocast leaves to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

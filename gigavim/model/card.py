@@ -14,9 +14,9 @@ CARD_NAME = "card.json"
 WEIGHTS_NAME = "weights.safetensors"
 LARGEST_CARD_BYTES = 1 << 20
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class _Strict(BaseModel):
@@ -60,7 +60,7 @@ class ModelCard(_Strict):
     licence: str
     """Of the weights."""
     training: TrainingRecord
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Finite] = {}
     """On held-out data."""
     precision_note: str = ""
     """What arithmetic in bfloat16 costs in quality."""

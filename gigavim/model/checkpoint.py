@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gigavim.errors import ModelError
+from gigavim.errors import ModelError, OutputError
 from gigavim.model.card import CARD_NAME, WEIGHTS_NAME, ModelCard, read_card
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def save_model(folder: Path, model: "SegmentationModel", card: ModelCard) -> Mod
 
     Returns:
         The card as written, with `sha256` filled in.
+
+    Raises:
+        ModelError: the card is not that of the model.
+        OutputError: the folder cannot be written.
     """
     from safetensors.torch import save
 
@@ -79,7 +83,7 @@ def save_model(folder: Path, model: "SegmentationModel", card: ModelCard) -> Mod
         _write_whole(folder / WEIGHTS_NAME, blob)
         _write_whole(folder / CARD_NAME, card.model_dump_json(indent=2).encode() + b"\n")
     except OSError as error:
-        raise ModelError(f"{folder}: the model cannot be saved ({error.strerror})") from error
+        raise OutputError(f"{folder}: the model cannot be saved ({error.strerror})") from error
     return card
 
 

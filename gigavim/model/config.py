@@ -77,7 +77,8 @@ class VimConfig:
         _require(_is_count(self.num_classes, 0), "num_classes", self.num_classes, "0 or more")
         if self.dt_rank is not None:
             _require(_is_count(self.dt_rank, 1), "dt_rank", self.dt_rank, "1 or more")
-        grid_ok = len(self.grid_hw) == 2 and all(_is_count(side, 1) for side in self.grid_hw)
+        grid_ok = isinstance(self.grid_hw, tuple) and len(self.grid_hw) == 2
+        grid_ok = grid_ok and all(_is_count(side, 1) for side in self.grid_hw)
         _require(grid_ok, "grid_hw", self.grid_hw, "(rows, cols), each 1 or more")
         eps_ok = math.isfinite(self.norm_eps) and self.norm_eps > 0
         _require(eps_ok, "norm_eps", self.norm_eps, "a small positive number")

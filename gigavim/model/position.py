@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from gigavim.model.config import ClassToken
-from gigavim.model.sequence import class_slots
+from gigavim.model.config import CLASS_TOKENS, ClassToken
+from gigavim.model.sequence import class_slots, without_class_tokens
 
 # Waves reach from 4 tokens, the shortest that neighbouring tokens sample well, to 2^16 tokens,
 # wider than any slide.
@@ -23,11 +23,8 @@ def split_table(pos_embed: Tensor, kind: ClassToken) -> tuple[Tensor, Tensor]:
     The slot is where the token stands. The published resizing code takes slot 0 always, which
     shifts half of the table of a model with a middle token.
     """
-    table = pos_embed[0]
-    slots = class_slots(table.shape[0] - len(class_slots(0, kind)), kind)
-    patches = torch.ones(table.shape[0], dtype=torch.bool, device=table.device)
-    patches[list(slots)] = False
-    return table[patches], table[list(slots)]
+    slots = class_slots(pos_embed.shape[1] - CLASS_TOKENS[kind], kind)
+    return without_class_tokens(pos_embed, kind)[0], pos_embed[0, list(slots)]
 
 
 def grid_position(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gigavim.errors import ModelError
-from gigavim.model.block import Block, RMSNorm, pair_weights
+from gigavim.model.block import Block, RMSNorm, full_precision, pair_weights
 from gigavim.model.config import VimConfig
 from gigavim.model.embed import PatchEmbed
 from gigavim.model.position import (
@@ -104,7 +104,7 @@ class Vim(nn.Module):
         position = self.position(row, col, (rows, cols), origin_um=origin_um)
         patches = grid.flatten(1, 2)[:, cells] if order is not None else grid.flatten(1, 2)
         own = self.class_rows().expand(len(images), -1, -1)
-        return insert_class_tokens(patches.float() + position, own, self.config.class_token)
+        return insert_class_tokens(full_precision(patches) + position, own, self.config.class_token)
 
     def position(
         self,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gigavim.errors import ModelError
+from gigavim.errors import ModelError, OutputError
 from gigavim.model import checkpoint
 from gigavim.model.card import CARD_NAME, WEIGHTS_NAME
 from gigavim.model.checkpoint import list_models, load_card, load_model, save_model
@@ -50,7 +50,7 @@ def test_a_save_that_fails_leaves_the_old_model(folder, small_model, make_card, 
 
     before = load_card(folder)
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(ModelError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         save_model(folder, small_model, make_card(description="newer"))
     assert load_model(folder)[1] == before
     assert len(list(folder.iterdir())) == 2

@@ -162,4 +162,4 @@ def test_a_mistake_moves_the_logits_far_beyond_the_gate(mistake: Callable[[Vim],
     images = load_file(GOLDEN / "tiny_s16_mid_div2_grads.safetensors")["input"]
     with torch.no_grad():
         mistake(model)
-        assert _relative(model(images), vectors["logits"]) > 1e-2
+        assert _relative(model(images), vectors["logits"]) > 0.28
