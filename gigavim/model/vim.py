@@ -92,13 +92,13 @@ class Vim(nn.Module):
 
         Patches stand in `order`, row by row if absent. `origin_um` (x, y) shifts "sincos" places.
         """
-        grid = self.patch_embed(images)  # (B, rows, cols, D)
-        rows, cols = grid.shape[1:3]
-        if not rows * cols:
+        if min(images.shape[-2:]) < self.config.patch_px:
             raise ModelError(
                 f"an image of {images.shape[-1]} x {images.shape[-2]} px is smaller than "
                 f"the model's patch of {self.config.patch_px} px"
             )
+        grid = self.patch_embed(images)  # (B, rows, cols, D)
+        rows, cols = grid.shape[1:3]
         cells = grid_cells(rows, cols, order).to(grid.device)
         row, col = cells // cols, cells % cols
         position = self.position(row, col, (rows, cols), origin_um=origin_um)

@@ -80,6 +80,11 @@ def test_an_image_that_patches_do_not_cover_is_refused(size_hw):
         _model()(torch.zeros(1, 3, *size_hw))
 
 
+def test_an_image_smaller_than_a_patch_has_no_tokens():
+    with pytest.raises(ModelError, match="smaller than the model's patch of 4 px"):
+        _model().encoder.tokens(torch.zeros(1, 3, 3, 8))
+
+
 def test_folded_weights_take_raw_pixels():
     model = _model(stride_px=3)
     mean, std = (0.7, 0.5, 0.6), (0.2, 0.25, 0.1)
