@@ -24,10 +24,14 @@ def map_affine(frame: MapFrame) -> Affine:
     """Affine from map pixel edges (x, y) to the raster's CRS; the frame has a georeference."""
     if frame.georeference is None:
         raise OutputError("the slide is not georeferenced")
-    return (
-        Affine(*frame.georeference.transform)
-        * Affine.translation(frame.x_level0, frame.y_level0)
-        * Affine.scale(frame.scale_x, frame.scale_y)
+    a, b, c, d, e, f = frame.georeference.transform
+    return Affine(
+        a * frame.scale_x,
+        b * frame.scale_y,
+        a * frame.x_level0 + b * frame.y_level0 + c,
+        d * frame.scale_x,
+        e * frame.scale_y,
+        d * frame.x_level0 + e * frame.y_level0 + f,
     )
 
 
