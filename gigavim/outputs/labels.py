@@ -10,7 +10,6 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 
-from gigavim.errors import OutputError
 from gigavim.outputs.atomic import explained
 
 CHUNK_HW = (256, 2048)
@@ -150,10 +149,10 @@ class LabelStore:
         return np.asarray(self._coverage[:])
 
     def coverage_at(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-        """(y1 - y0, x1 - x0) uint8 `Coverage` of the window's pixels."""
+        """(y1 - y0, x1 - x0) uint8 `Coverage` of the window's pixels; the last cell has the rest."""
         _check_window(self._labels.shape, y0, y1, x0, x1)
-        rows = np.arange(y0, y1) // self.cell_px
-        cols = np.arange(x0, x1) // self.cell_px
+        rows = np.minimum(np.arange(y0, y1) // self.cell_px, self._coverage.shape[0] - 1)
+        cols = np.minimum(np.arange(x0, x1) // self.cell_px, self._coverage.shape[1] - 1)
         if not len(rows) or not len(cols):
             return np.zeros((len(rows), len(cols)), np.uint8)
         cells = np.asarray(self._coverage[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
@@ -192,21 +191,6 @@ def halve(source: LabelMap, folder: Path, *, offset: int) -> LabelStore:
         cols = np.minimum(np.arange(x1 - x0) * 2 + offset, window.shape[1] - 1)
         half.write(y0, x0, np.ascontiguousarray(window[np.ix_(rows, cols)]))
     return half
-
-
-def label_counts(labels: LabelMap, classes: int) -> np.ndarray:
-    """(classes,) int64 pixels of each label.
-
-    Raises:
-        OutputError: the map holds a label that is no class.
-    """
-    counts = np.zeros(256, np.int64)
-    for window in windows(labels.height, labels.width, side_px=WINDOW_PX):
-        counts += np.bincount(labels.read(*window).ravel(), minlength=256)
-    if counts[classes:].any():
-        label = classes + int(np.flatnonzero(counts[classes:])[0])
-        raise OutputError(f"the label map holds the value {label}, but there are {classes} classes")
-    return counts[:classes]
 
 
 def _array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
