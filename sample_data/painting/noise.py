@@ -80,6 +80,6 @@ def fbm(x: float, y: float, octaves: int, seed: int) -> float:
 
 @compiled
 def smoothstep(low: float, high: float, value: float) -> float:
-    """0 below `low`, 1 above `high`, smooth between."""
+    """0 at `low`, 1 at `high` (which may be the smaller), smooth between, flat beyond."""
     t = min(max((value - low) / (high - low), 0.0), 1.0)
     return t * t * (3.0 - 2.0 * t)

@@ -21,8 +21,8 @@ from painting.tissue import (
     loose_zone,
 )
 
-STROMA_PITCH_PX = 27.0
-LYMPH_PITCH_PX = 14.5
+STROMA_PITCH_PX = 24.0
+LYMPH_PITCH_PX = 12.8
 REACH_PX = 20  # farthest a nucleus reaches from its centre
 
 _PLACE = 40_000
@@ -43,18 +43,18 @@ def _stroma_nucleus(
     """A fibroblast along the fibres or, more often in loose stroma, an inflammatory cell."""
     row[0], row[1] = x, y
     row[8] = uniform(i, j, key + 30) * 1e6
-    if uniform(i, j, key + 20) < 0.12 + 0.38 * loose:
+    if uniform(i, j, key + 20) < 0.12 + 0.43 * loose:
         size = 6.3 + 0.6 * _spread(i, j, key + 21)
         row[2] = size * (1.0 + 0.25 * uniform(i, j, key + 24))
         row[3] = size
         row[4] = 6.2832 * uniform(i, j, key + 25)
-        row[5] = 0.80 + 0.10 * _spread(i, j, key + 26)
+        row[5] = 0.98 + 0.10 * _spread(i, j, key + 26)
         row[7] = 0.15
     else:
         row[2] = 10.5 + 1.5 * _spread(i, j, key + 21)
         row[3] = 3.5 + 1.2 * uniform(i, j, key + 24) + 1.3 * loose * uniform(i, j, key + 27)
         row[4] = angle + 0.22 * _spread(i, j, key + 28)
-        row[5] = 0.66 + 0.10 * _spread(i, j, key + 26)
+        row[5] = 0.80 + 0.14 * _spread(i, j, key + 26)
         row[7] = 0.35
     row[6] = 0.16 + 0.35 * uniform(i, j, key + 29) ** 3
 
@@ -90,7 +90,7 @@ def _lattice_nuclei(
                     found[count, 2] = size * (1.0 + 0.2 * uniform(i, j, key + 6))
                     found[count, 3] = size
                     found[count, 4] = 6.2832 * uniform(i, j, key + 7)
-                    found[count, 5] = 0.78 + 0.13 * _spread(i, j, key + 8)
+                    found[count, 5] = 0.98 + 0.13 * _spread(i, j, key + 8)
                     found[count, 6] = 0.16 + 0.4 * uniform(i, j, key + 11) ** 3
                     found[count, 7] = 0.2
                     found[count, 8] = uniform(i, j, key + 12) * 1e6
@@ -99,7 +99,7 @@ def _lattice_nuclei(
             loose = smoothstep(-0.1, 0.12, loose_zone(x, y, seed))
             crowd = 0.85 + 0.8 * perlin(x / 160.0, y / 160.0, seed + _PLACE + 77)
             wanted = (
-                (here == STROMA and chance < (0.30 + 0.34 * loose) * crowd)
+                (here == STROMA and chance < (0.34 + 0.42 * loose) * crowd)
                 or (here == FAT_RIM and chance < 0.16)
                 or (here == VESSEL and chance < 0.75)
             )
@@ -145,7 +145,7 @@ def find_nuclei(
             found[count, 2] = 7.9 + 0.7 * _spread(i, 12, key)
             found[count, 3] = 5.1 + 0.4 * _spread(i, 15, key)
             found[count, 4] = theta + 0.15 * _spread(i, 18, key)
-            found[count, 5] = 0.62 + 0.08 * _spread(i, 21, key)
+            found[count, 5] = 0.74 + 0.13 * _spread(i, 21, key)
             found[count, 6] = 0.16 + 0.35 * uniform(i, 24, key) ** 3
             found[count, 7] = 0.75
             found[count, 8] = uniform(i, 25, key) * 1e6
@@ -176,8 +176,10 @@ def paint_nuclei(
                 d = math.sqrt(u * u + v * v)
                 if d > 1.7:
                     continue
-                d += 0.16 * perlin(dx / 6.5, dy / 6.5, key)
+                d += 0.20 * perlin(dx / 6.0, dy / 6.5, key)
                 cover = 1.0 - smoothstep(1.0 - soft, 1.0 + soft, d)
+                if d < 1.6:  # the cell shrinks off its nucleus: a paler ring
+                    stains[1, j, i] *= 1.0 - 0.30 * smoothstep(1.6, 1.15, d)
                 if cover <= 0.0:
                     continue
                 clump = perlin(dx / 2.9, dy / 2.9, key + 1) + 0.5 * perlin(
@@ -185,10 +187,10 @@ def paint_nuclei(
                 )
                 rim = math.exp(-(((d - 0.86) / 0.16) ** 2))
                 spot = (u - spot_u) ** 2 * length * length + (v - spot_v) ** 2 * breadth * breadth
-                chromatin = 1.0 - 0.30 * vesicular + (0.18 + 0.24 * vesicular) * clump
-                chromatin += 0.30 * vesicular * (rim + math.exp(-spot / 3.0))
+                chromatin = 1.0 - 0.30 * vesicular + (0.28 + 0.38 * vesicular) * clump
+                chromatin += 0.38 * vesicular * (rim + math.exp(-spot / 3.0))
                 h = density * max(chromatin, 0.25) * cover
                 stains[0, j, i] = max(stains[0, j, i], h)
-                stains[1, j, i] = max(stains[1, j, i] * (1.0 - 0.45 * cover), 0.17 * cover)
+                stains[1, j, i] = max(stains[1, j, i] * (1.0 - 0.45 * cover), 0.22 * cover)
                 if d < 1.0:
                     label[j, i] = 2

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 # Optical density (base 10) of haematoxylin, eosin and red blood cells in R, G, B per unit of
 # density; the first two between Ruifrok & Johnston (2001) and Macenko et al. (2009).
-STAIN_OD = np.array([[0.60, 0.72, 0.35], [0.16, 0.85, 0.44], [0.20, 0.78, 0.60]])
+STAIN_OD = np.array([[0.60, 0.72, 0.35], [0.17, 0.83, 0.49], [0.20, 0.78, 0.60]])
 PEN_OD = np.array([0.95, 0.42, 0.22])
 GLASS_RGB = np.array([243.0, 242.0, 243.0])
 
@@ -56,7 +56,7 @@ def absorb(
                     dy = y - folds[n, 1]
                     u = math.cos(folds[n, 2]) * dx + math.sin(folds[n, 2]) * dy
                     v = math.cos(folds[n, 2]) * dy - math.sin(folds[n, 2]) * dx
-                    v += 0.16 * folds[n, 3] * perlin(u / folds[n, 3], n + 0.5, seed + TINT + 2)
+                    v += 0.5 * folds[n, 3] * perlin(1.1 * u / folds[n, 3], n + 0.5, seed + TINT + 2)
                     end = 1.0 - abs(u) / folds[n, 3]
                     if end <= 0.0:
                         continue
@@ -109,7 +109,7 @@ def _expose(
 def photograph(x0: int, y0: int, light: np.ndarray, seed: int, *, margin_px: int) -> np.ndarray:
     """Blur, focus drift and noise: (h, w, 3) uint8 without the margin."""
     height, width = light.shape[:2]
-    sharp = gaussian_filter(light, (0.75, 0.75, 0), truncate=3.0)
+    sharp = gaussian_filter(light, (0.55, 0.55, 0), truncate=3.0)
     cells = 33
     xs = np.linspace(x0, x0 + width, cells)
     ys = np.linspace(y0, y0 + height, cells)

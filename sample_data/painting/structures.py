@@ -20,10 +20,9 @@ from painting.tissue import (
 )
 
 MARGIN_PX = 330  # farthest a structure reaches from its centre
-GLAND_PITCH_PX = 158.0
-GLAND_ROW_PX = 0.92 * GLAND_PITCH_PX
-FOLLICLE_PITCH_PX = 1100.0
-VESSEL_PITCH_PX = 560.0
+GLAND_PITCH_PX = 134.0
+FOLLICLE_PITCH_PX = 800.0
+VESSEL_PITCH_PX = 380.0
 RED_CELL_PITCH_PX = 13.0
 CELL_WIDTH_PX = 11.5  # of a gland's epithelial cell, along the basement membrane
 
@@ -44,17 +43,17 @@ def _candidate(
         x = (i + 0.5 + 0.5 * u) * FOLLICLE_PITCH_PX
         y = (j + 0.5 + 0.5 * v) * FOLLICLE_PITCH_PX
         radius = 110.0 + 110.0 * size
-        wanted = chance < 0.55 and fat_zone(x, y, seed) < -0.1
+        wanted = chance < 0.6 and fat_zone(x, y, seed) < -0.1
     elif kind == VESSEL:
         x = (i + 0.5 + 0.6 * u) * VESSEL_PITCH_PX
         y = (j + 0.5 + 0.6 * v) * VESSEL_PITCH_PX
-        radius = 24.0 + 50.0 * size * size
+        radius = 13.0 + 55.0 * size**3
         wanted = chance < 0.6 and fat_zone(x, y, seed) < -0.12
     else:
-        x = (i + 0.5 + 0.20 * u + 0.5 * (j % 2)) * GLAND_PITCH_PX
-        y = (j + 0.5 + 0.20 * v) * GLAND_ROW_PX
-        radius = 50.0 + 17.0 * size
-        wanted = chance < 0.93 and loose_zone(x, y, seed) > 0.0
+        x = (i + 0.5 + 0.6 * u) * GLAND_PITCH_PX
+        y = (j + 0.5 + 0.6 * v) * GLAND_PITCH_PX
+        radius = 36.0 + 32.0 * size
+        wanted = loose_zone(x, y, seed) > 0.0
         wanted = wanted and fat_zone(x, y, seed) < -0.14
     if not wanted or inside_px(x, y, pieces, seed)[0] < radius + 14.0:
         return False, x, y, radius
@@ -77,6 +76,20 @@ def _free(
 
 
 @compiled
+def _wins(i: int, j: int, x: float, y: float, r: float, pieces: np.ndarray, seed: int) -> bool:
+    """Whether a gland touches no gland of a higher rank; the rank is a hash."""
+    rank = uniform(i, j, seed + _PLACE + 100 * GLAND)
+    for row in range(j - 2, j + 3):
+        for column in range(i - 2, i + 3):
+            if uniform(column, row, seed + _PLACE + 100 * GLAND) <= rank:
+                continue
+            there, ox, oy, other = _candidate(GLAND, column, row, pieces, seed)
+            if there and math.hypot(x - ox, y - oy) < 1.1 * (r + other):
+                return False
+    return True
+
+
+@compiled
 def find_structures(
     x0: int, y0: int, height: int, width: int, pieces: np.ndarray, seed: int
 ) -> np.ndarray:
@@ -90,7 +103,7 @@ def find_structures(
     for kind, pitch_x, pitch_y in (
         (FOLLICLE, FOLLICLE_PITCH_PX, FOLLICLE_PITCH_PX),
         (VESSEL, VESSEL_PITCH_PX, VESSEL_PITCH_PX),
-        (GLAND, GLAND_PITCH_PX, GLAND_ROW_PX),
+        (GLAND, GLAND_PITCH_PX, GLAND_PITCH_PX),
     ):
         for j in range(int(top // pitch_y) - 1, int(bottom // pitch_y) + 2):
             for i in range(int(left // pitch_x) - 1, int(right // pitch_x) + 2):
@@ -101,7 +114,10 @@ def find_structures(
                     x, y, radius, FOLLICLE, FOLLICLE_PITCH_PX, pieces, seed
                 ):
                     continue
-                if kind == GLAND and not _free(x, y, radius, VESSEL, VESSEL_PITCH_PX, pieces, seed):
+                if kind == GLAND and not (
+                    _free(x, y, radius, VESSEL, VESSEL_PITCH_PX, pieces, seed)
+                    and _wins(i, j, x, y, radius, pieces, seed)
+                ):
                     continue
                 found[count, 0] = kind
                 found[count, 1] = x
@@ -115,8 +131,8 @@ def find_structures(
 @compiled
 def outline_px(theta: float, radius: float, key: int) -> float:
     """Radius of a structure's outline in a direction."""
-    a = 0.13 * uniform(1, 0, key)
-    b = 0.05 * uniform(2, 0, key)
+    a = 0.14 * uniform(1, 0, key)
+    b = 0.07 * uniform(2, 0, key)
     p = 6.2832 * uniform(3, 0, key)
     q = 6.2832 * uniform(4, 0, key)
     return radius * (1.0 + a * math.cos(2.0 * theta + p) + b * math.cos(3.0 * theta + q))
@@ -146,8 +162,8 @@ def _gland_pixel(
     if depth < 2.2:
         return 0.10, 0.46, False
     border = smoothstep(0.34, 0.5, across)
-    eosin = 0.27 + 0.07 * border
-    haematoxylin = 0.17 + 0.05 * border
+    eosin = 0.30 + 0.08 * border
+    haematoxylin = 0.22 + 0.05 * border
     if uniform(cell, 7, key) < 0.5:  # a goblet cell: a pale drop of mucin towards the lumen
         middle = 0.66 * tall
         drop = ((depth - middle) / (0.27 * tall)) ** 2 + (across / 0.52) ** 2
@@ -163,7 +179,7 @@ def _vessel_pixel(
     depth: float, x: float, y: float, theta: float, radius: float, key: int
 ) -> tuple[float, float, float, bool]:
     """Haematoxylin, eosin and blood of a vessel, and whether the point lies in its lumen."""
-    wall = 5.0 + 0.16 * radius
+    wall = 3.5 + 0.18 * radius
     if depth < wall:
         layers = perlin(depth / 3.5, theta * 3.0, key + 3)
         return 0.09, 0.42 + 0.14 * layers, 0.0, False
@@ -210,13 +226,15 @@ def paint_structures(
                     depth += 20.0 * fbm(x / 45.0, y / 45.0, 2, key)
                     share = smoothstep(-12.0, 14.0, depth)
                     if share > 0.0:
-                        stains[0, j, i] += share * (0.13 - stains[0, j, i])
-                        stains[1, j, i] += share * (0.17 - stains[1, j, i])
+                        cloud = 0.17 + 0.07 * fbm(x / 7.0, y / 7.0, 3, key + 1)
+                        stains[0, j, i] += share * (0.9 * cloud - stains[0, j, i])
+                        stains[1, j, i] += share * (cloud - stains[1, j, i])
                         if uniform(int(x), int(y), key + 9) < share:
                             kind[j, i] = FOLLICLE
                 elif depth > 0.0 and what == GLAND:
                     h, e, open_ = _gland_pixel(depth, theta, r, radius, key)
-                    cloud = 1.0 + 0.22 * perlin(x / 5.0, y / 5.0, key + 11)
+                    cloud = 1.0 + 0.25 * perlin(x / 5.0, y / 5.0, key + 11)
+                    cloud += 0.22 * perlin(x / 2.2, y / 2.2, key + 12)
                     stains[0, j, i] = h * cloud
                     stains[1, j, i] = e * cloud
                     kind[j, i] = LUMEN if open_ else GLAND

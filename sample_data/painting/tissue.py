@@ -43,7 +43,7 @@ def inside_px(x: float, y: float, pieces: np.ndarray, seed: int) -> tuple[float,
             best = depth
             which = i
     if best > -120.0:
-        best += 34.0 * fbm(x / 150.0, y / 150.0, 4, seed + EDGE + 200)
+        best += 34.0 * fbm(x / 150.0, y / 150.0, 6, seed + EDGE + 200)
     return best, which
 
 
@@ -70,22 +70,26 @@ def _fibres(x: float, y: float, angle: float, loose: float, seed: int) -> tuple[
     """Eosin and haematoxylin of fibrous stroma; `loose` in [0, 1] opens it."""
     across, along = stream(x, y, angle, seed)
     key = seed + FIBRE
-    bundle = perlin(across / 21.0, along / 150.0, key)
-    strand = perlin(across / 9.0, along / 70.0, key + 1)
-    fibril = perlin(across / 4.2, along / 34.0, key + 2)
-    grain = perlin(x / 3.1, y / 3.1, key + 3)
-    cleft = perlin(across / 17.0, along / 110.0, key + 4) + 0.45 * strand
-    dense = 0.36 + 0.20 * bundle + 0.13 * strand + 0.10 * fibril + 0.05 * grain
-    gap = smoothstep(0.30 - 0.22 * loose, 0.52 - 0.16 * loose, cleft)
-    eosin = max(dense * (1.0 - 0.30 * loose), 0.06)
-    eosin = eosin * (1.0 - gap) + 0.035 * gap
-    return eosin, 0.11 * eosin + 0.035 * loose * (1.0 - gap)
+    across += 5.0 * perlin(x / 31.0, y / 31.0, key + 5) + 2.2 * perlin(x / 12.0, y / 12.0, key + 6)
+    bundle = perlin(across / 19.0, along / 105.0, key)
+    strand = perlin(across / 8.0, along / 52.0, key + 1)
+    fibril = perlin(across / 3.4, along / 24.0, key + 2)
+    grain = perlin(x / 1.9, y / 1.9, key + 3) + 0.6 * perlin(x / 4.7, y / 4.7, key + 7)
+    dense = 0.41 + 0.22 * bundle + 0.14 * strand + 0.13 * fibril + 0.15 * grain
+    # Bundles part along thin cracks, where the wide noise crosses zero, and in open clefts.
+    width = 0.035 + 0.10 * loose + 0.16 * max(perlin(x / 110.0, y / 110.0, key + 4), 0.0)
+    crack = abs(bundle + 0.35 * strand - 0.12) + 0.10 * fibril
+    gap = 1.0 - smoothstep(0.5 * width, 1.3 * width, crack)
+    eosin = max(dense * (1.0 - 0.36 * loose), 0.07)
+    rim = math.exp(-(((crack - 1.6 * width) / 0.05) ** 2))
+    eosin = (eosin + 0.07 * rim) * (1.0 - gap) + (0.04 + 0.05 * loose + 0.04 * grain) * gap
+    return max(eosin, 0.02), 0.10 * eosin + loose * (0.045 + 0.03 * fibril) * (1.0 - gap)
 
 
 @compiled
 def fat_zone(x: float, y: float, seed: int) -> float:
     """Above zero where the tissue is fat."""
-    return fbm(x / 760.0, y / 760.0, 2, seed + ZONE) - 0.24
+    return fbm(x / 760.0, y / 760.0, 2, seed + ZONE) - 0.33
 
 
 @compiled
@@ -117,7 +121,7 @@ def _fat(x: float, y: float, seed: int) -> float:
             cy = (j + 0.1 + 0.8 * uniform(i, j, seed + FAT + 1)) * FAT_PITCH_PX
             if cx != near_x or cy != near_y:
                 others += math.exp((nearest - math.sqrt((px - cx) ** 2 + (py - cy) ** 2)) / 7.0)
-    return -3.5 * math.log(others + 1e-12) - 2.6
+    return -3.5 * math.log(others + 1e-12) - 1.7
 
 
 @compiled
@@ -146,7 +150,7 @@ def paint_ground(
             depth, which = inside_px(x, y, pieces, seed)
             if depth <= 0.0:
                 continue
-            rim = _fat(x, y, seed) if fat_zone(x, y, seed) > -0.35 else -1e9
+            rim = _fat(x, y, seed) if fat_zone(x, y, seed) > -0.45 else -1e9
             if rim > 0.0 and depth > 5.0:
                 kind[j, i] = VACUOLE
                 edge = math.exp(-rim / 1.5)
@@ -159,6 +163,6 @@ def paint_ground(
             if rim > -1e8:
                 eosin = 0.20 + 0.25 * eosin
             thickness = 1.0 + 0.16 * fbm(x / 130.0, y / 130.0, 2, seed + THICKNESS)
-            ragged = smoothstep(0.0, 5.0, depth)
+            ragged = smoothstep(0.0, 3.0, depth)
             stains[0, j, i] = haematoxylin * thickness * ragged
             stains[1, j, i] = eosin * thickness * ragged
