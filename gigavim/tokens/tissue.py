@@ -34,7 +34,8 @@ DILATION_UM = 48.0
 """A patch's width at usual resolutions."""
 CLOSING_UM = 96.0
 """Gaps of up to twice this are closed: between the septa of fat, between loose fibres."""
-SMALLEST_SPECK_UM2 = 2_000.0
+SMALLEST_SPECK_UM2 = 200.0
+"""A large cell. Found pixels are counted together where widening joins them."""
 LARGEST_FILLED_HOLE_UM2 = 250_000.0
 
 # Where lengths are unknown or not those of tissue, they are taken in pixels of the mask.
@@ -131,14 +132,20 @@ def _found(slide: "Slide") -> Mask:
         dilation_yx, closing_yx = (_DILATION_PX, _DILATION_PX), (0, 0)
         hole_px = _LARGEST_FILLED_HOLE_PX
     speck_px = max(_SMALLEST_SPECK_PX, int(SMALLEST_SPECK_UM2 / (um_x * um_y)))
+    speck_px = min(speck_px, int(height * width * _SPECK_SHARE))
+    wide = drop_specks(_widened(found, dilation_yx, closing_yx), found, speck_px)
     # Unreadable pixels stay in, so that they are met again, counted and reported.
-    found = drop_specks(found, min(speck_px, int(height * width * _SPECK_SHARE))) | unreadable
-    if not found.any():
-        return found
-    wide = [2 * (d + c) + 1 for d, c in zip(dilation_yx, closing_yx)]
-    found = ndimage.maximum_filter(found, wide)
-    found = ndimage.minimum_filter(found, [2 * c + 1 for c in closing_yx], mode="constant", cval=1)
-    return fill_holes(found, hole_px)
+    return fill_holes(wide, hole_px) | unreadable
+
+
+def _widened(mask: Mask, dilation_yx: tuple[int, int], closing_yx: tuple[int, int]) -> Mask:
+    """Dilate, and close gaps of up to twice `closing_yx`, both by squares, in pixels."""
+    beyond = [(closing, closing) for closing in closing_yx]  # or closing would stick to the border
+    sides = [2 * (d + c) + 1 for d, c in zip(dilation_yx, closing_yx)]
+    wide = ndimage.maximum_filter(np.pad(mask, beyond), sides, mode="constant")
+    wide = ndimage.minimum_filter(wide, [2 * closing + 1 for closing in closing_yx])
+    closed: Mask = wide[tuple(slice(c, c + size) for c, size in zip(closing_yx, mask.shape))]
+    return closed
 
 
 def _overview_shape(slide: "Slide") -> tuple[int, int]:
