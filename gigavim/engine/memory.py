@@ -23,7 +23,8 @@ def parse_bytes(text: str | int) -> int:
     from dask.utils import parse_bytes as dask_parse_bytes
 
     try:
-        size = int(dask_parse_bytes(text))
+        # dask reads a unit alone ("GB") as one of it, and "" as one byte.
+        size = int(dask_parse_bytes(text)) if str(text).strip()[:1].isdigit() else 0
     except (ValueError, OverflowError):
         size = 0
     if size <= 0:
@@ -35,9 +36,7 @@ def format_bytes(size: float) -> str:
     """A size for people, in powers of 1,000: 1536000 is "1.5 MB"."""
     for unit, name in _UNITS:
         if size >= unit:
-            return (
-                f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
-            )
+            return f"{size / unit:,.{0 if size >= 100 * unit else 1}f} {name}"
     return f"{size:.0f} bytes"
 
 

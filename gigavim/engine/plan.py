@@ -197,7 +197,7 @@ def _fit_chunk(
     length: int, blocks: Sequence[BlockWeights], chunk: int, budget: int, device: torch.device
 ) -> tuple[int, int]:
     """The longest of chunk, chunk / 2, ... whose memory fits, else the one that needs least."""
-    options = []
+    options: list[tuple[int, int]] = []
     while not options or chunk >= SMALLEST_CHUNK:
         options.append((chunk, work_bytes(length, blocks, chunk, device)))
         chunk //= 2

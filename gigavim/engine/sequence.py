@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 Location = Literal["device", "ram", "disk"]
 
-_TOUCH_LIMIT = 64 << 20
-"""Bytes that scatter and gather may touch of a mapped file before its pages are handed back."""
+_RELEASE_BYTES = 64 << 20
+"""What may be touched of a mapped file before its pages are handed back."""
 _PIECE = 16 << 20
 
 
@@ -109,24 +109,30 @@ class TokenSequence:
         """Row index[i] becomes rows[i]: index (n,) int64 without repeats, rows (n, D)."""
         index, rows = index.to(self.device), rows.to(self.device, torch.float32)
         self._data.index_copy_(0, index, rows)
-        self._touch(rows)
+        self._touch(len(rows) * max(self.width * 4, mmap.PAGESIZE))  # at worst a page each
 
     def gather(self, index: Tensor) -> Tensor:
         """Rows at index (n,) int64, (n, D), a copy that lies where the sequence does."""
         rows = self._data.index_select(0, index.to(self.device))
-        self._touch(rows)
+        self._touch(len(rows) * max(self.width * 4, mmap.PAGESIZE))  # at worst a page each
         return rows
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the system to begin reading mapped rows that are needed soon."""
-        self._advise("MADV_WILLNEED", start, stop)
+        start, stop = max(0, start), min(stop, self.length)
+        if self._map is None or start >= stop or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        row_bytes = self.width * 4
+        first = start * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, stop * row_bytes - first)
 
     def release(self, start: int, stop: int) -> None:
-        """Give back the memory of mapped rows that are not needed soon; their values stay.
+        """Count mapped rows as used; the memory of all is given back whenever 64 MB have been.
 
-        A mapping is shared, so changed pages stay in the system's page cache on their way to disk.
+        Values stay: the mapping is shared, so changed pages are in the system's page cache on their
+        way to disk. All pages go at once because a touch may map more than was touched.
         """
-        self._advise("MADV_DONTNEED", start, stop)
+        self._touch((stop - start) * self.width * 4)
 
     def close(self) -> None:
         """Free the memory or the disk space; the sequence is then empty."""
@@ -145,22 +151,12 @@ class TokenSequence:
     ) -> None:
         self.close()
 
-    def _touch(self, rows: Tensor) -> None:
-        # Scattered rows touch a page each at least; handing all back now and then bounds them.
-        self._touched += rows.shape[0] * max(rows.shape[1] * 4, mmap.PAGESIZE)
-        if self._touched > _TOUCH_LIMIT:
-            self.release(0, self.length)
+    def _touch(self, size: int) -> None:
+        self._touched += size
+        if self._map is not None and self._touched >= _RELEASE_BYTES:
             self._touched = 0
-
-    def _advise(self, advice: str, start: int, stop: int) -> None:
-        option = getattr(mmap, advice, None)  # absent on Windows
-        start, stop = max(0, start), min(stop, self.length)
-        if self._map is None or option is None or start >= stop:
-            return
-        row_bytes = self.width * 4
-        first = start * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        # Whole pages: the neighbours' part of the last one comes back when it is touched.
-        self._map.madvise(option, first, stop * row_bytes - first)
+            if hasattr(mmap, "MADV_DONTNEED"):  # Windows trims by itself
+                self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _allocate(length: int, width: int, device: torch.device | None) -> Tensor:

@@ -79,7 +79,7 @@ def sweep_block(
         right = _load_padded(sequence, stop, stop + kernel.halo, device)
         # The next chunk's left halo, as before the update; a chunk may be shorter than the halo.
         before = torch.cat((left, rows[max(0, stop - start - kernel.halo) :]))
-        states = kernel.update(rows, left, right, states, edges[i])
+        states = kernel.update(rows, left, right, states, tuple(edge[i] for edge in edges))
         finite &= torch.isfinite(rows[:: max(1, rows.shape[0] - 1)]).all()
         sequence.store(start, rows)
         sequence.release(start, stop)
@@ -101,24 +101,26 @@ def edge_state_bytes(length: int, blocks: Sequence[BlockWeights], chunk: int) ->
 
 def _reverse_edges(
     sequence: TokenSequence, kernel: BlockKernel, device: torch.device, chunk: int
-) -> list[States]:
-    """The states of the reverse directions at the right edge of every chunk, left to right."""
+) -> States:
+    """The reverse directions' states at the right edges of all chunks, (chunks, E, N) each."""
     states = kernel.zero_states(reverse=True)
     starts = range(0, sequence.length, chunk)
+    # One block of memory each: thousands of small tensors would fragment the heap.
+    edges = tuple(s.new_zeros(len(starts), *s.shape) for s in states)
     if not states:
-        return [states] * len(starts)
-    edges = [states]
+        return edges
     # The first chunk's left edge is the end of the scan: nobody needs its state.
-    for start in reversed(starts[1:]):
-        stop = min(start + chunk, sequence.length)
+    for i in range(len(starts) - 1, 0, -1):
+        start, stop = starts[i], min(starts[i] + chunk, sequence.length)
         sequence.prefetch(start - chunk, start)
         rows = sequence.load(start, stop, device)
         left = _load_padded(sequence, start - kernel.halo, start, device)
         right = _load_padded(sequence, stop, stop + kernel.halo, device)
         states = kernel.edge_states(rows, left, right, states)
-        edges.append(states)
+        for edge, state in zip(edges, states):
+            edge[i - 1] = state
         sequence.release(start, stop)
-    return edges[::-1]
+    return edges
 
 
 def _load_padded(sequence: TokenSequence, start: int, stop: int, device: torch.device) -> Tensor:

@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from gigavim_kernels import naive
 from gigavim_kernels.weights import BlockWeights, Branch, Direction
-from torch import Tensor
 
 KINDS = {
     "v2": ((False, False), (True, True)),
@@ -100,7 +101,19 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.fixture
-def engine_tools():
-    """The builders and the oracle above, for test modules (which import no other test module)."""
-    return random_block, reference_block, relative_error
+@pytest.fixture(scope="session")
+def make_block():
+    """random_block(kind, *, d_model, d_state, seed)."""
+    return random_block
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """reference_block(stream, block)."""
+    return reference_block
+
+
+@pytest.fixture(scope="session")
+def error_of():
+    """relative_error(found, expected)."""
+    return relative_error

@@ -1,0 +1,110 @@
+import pytest
+
+from gigavim.engine import memory
+from gigavim.engine.plan import PROCESS_BYTES, format_seconds, plan_sweep
+from gigavim.errors import ResourceError
+
+GB = 10**9
+
+
+def plan(make_block, length, **options):
+    blocks = [make_block("v2", d_model=192, d_state=16)] * 24
+    options = {"estimate": False, "max_memory_bytes": 4 * GB} | options
+    return plan_sweep(length, blocks, device="cpu", precision="fp32", **options)
+
+
+@pytest.fixture(autouse=True)
+def small_process(monkeypatch):
+    """The test process has loaded whatever the tests before it needed."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 100_000_000)
+
+
+@pytest.fixture
+def big_disk(monkeypatch):
+    monkeypatch.setattr(memory, "free_disk", lambda folder: 1000 * GB)
+    monkeypatch.setattr(memory, "is_memory_backed", lambda folder: False)
+
+
+def test_a_short_sequence_stays_in_ram(make_block):
+    found = plan(make_block, 100_000)
+    assert found.location == "ram"
+    assert found.disk_bytes == 0
+    assert found.device_bytes == 0
+    assert PROCESS_BYTES + 100_000 * 192 * 4 < found.ram_bytes <= 1 * GB
+
+
+def test_a_long_one_goes_to_disk_and_keeps_the_limit(make_block, big_disk):
+    found = plan(make_block, 31_250_000)  # 100,000 x 80,000 px at patch 16
+    assert found.location == "disk"
+    assert found.disk_bytes == 31_250_000 * 192 * 4
+    assert found.ram_bytes <= 4 * GB
+
+
+def test_the_limit_decides_between_ram_and_disk(make_block, big_disk):
+    in_ram = plan(make_block, 2_000_000)
+    assert in_ram.location == "ram"
+    assert plan(make_block, 2_000_000, max_memory_bytes=in_ram.ram_bytes).location == "ram"
+    assert plan(make_block, 2_000_000, max_memory_bytes=in_ram.ram_bytes - 1).location == "disk"
+    assert plan(make_block, 2_000_000, other_bytes=3 * GB).location == "disk"
+
+
+def test_little_memory_means_short_chunks(make_block, big_disk):
+    roomy = plan(make_block, 1_000_000, chunk=100_000)
+    tight = plan(make_block, 1_000_000, chunk=100_000, max_memory_bytes=PROCESS_BYTES + GB // 10)
+    assert roomy.chunk == 100_000
+    assert tight.chunk < roomy.chunk
+    assert tight.ram_bytes <= PROCESS_BYTES + GB // 10
+
+
+def test_a_limit_below_the_program_itself_is_refused(make_block):
+    with pytest.raises(ResourceError, match=r"100 tokens need at least .*raise --max-memory"):
+        plan(make_block, 100, max_memory_bytes=GB // 10)
+
+
+def test_no_room_on_disk_is_refused_with_the_remedies(make_block, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "is_memory_backed", lambda folder: False)
+    monkeypatch.setattr(memory, "free_disk", lambda folder: 1 * GB)
+    with pytest.raises(ResourceError, match=r"24.0 GB of disk, but .* has 1.0 GB free: .*scratch"):
+        plan(make_block, 31_250_000, scratch_dir=tmp_path)
+
+
+def test_a_scratch_folder_in_ram_is_no_way_out(make_block, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "is_memory_backed", lambda folder: True)
+    with pytest.raises(ResourceError, match="is no disk but RAM"):
+        plan(make_block, 31_250_000, scratch_dir=tmp_path)
+
+
+def test_an_empty_sequence_has_a_plan(make_block):
+    found = plan(make_block, 0, estimate=True)
+    assert found.location == "ram"
+    assert found.seconds == 0
+
+
+def test_the_estimate_grows_with_tokens_and_blocks(make_block):
+    blocks = [make_block("v2", d_model=16)]
+    options = {"device": "cpu", "precision": "fp32", "max_memory_bytes": 4 * GB, "chunk": 512}
+    short = plan_sweep(20_000, blocks, **options)
+    long = plan_sweep(2_000_000, blocks * 3, **options)
+    assert 0 < short.seconds < long.seconds
+
+
+def test_the_plan_reads_as_english(make_block, big_disk):
+    lines = plan(make_block, 31_250_000).describe()
+    text = "\n".join(lines)
+    assert "31,250,000 tokens through 24 blocks" in text
+    assert "token stream: 24.0 GB, on disk" in text
+    assert "scratch disk: 24.0 GB" in text
+    assert "device memory" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "1 s"), (45, "45 s"), (720, "12 min"), (11520, "3.2 h")]
+)
+def test_durations(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_the_default_budget_is_used(make_block, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 * GB)
+    found = plan(make_block, 100_000, max_memory_bytes=None)
+    assert found.ram_bytes <= 0.8 * 1.1 * GB
