@@ -34,7 +34,7 @@ def _make_numba(
 
 
 MAKERS: dict[str, Maker] = {"numba": _make_numba, "torch": _make_torch}
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("torch",)}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("numba", "torch")}
 """Backends by device type, the best first; every other device runs plain torch."""
 
 

@@ -1,0 +1,294 @@
+"""A Vim block on a CPU: numba kernels around single-threaded matrix products.
+
+A chunk of the stream passes three stages, with a barrier after each. Rows are shared out in tiles
+for the norm, the projections and the convolutions; channels are shared out for the scans; rows
+again for the output projection. Tiles are cut by the chunk alone and directions are added in
+their order, so a result depends on the chunk but not on the number of threads.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigavim_kernels.block import States
+from gigavim_kernels.cpu.conv import conv_rows, tap_offsets
+from gigavim_kernels.cpu.norm import add_halves, rms_norm
+from gigavim_kernels.cpu.ops import STATE_MULTIPLE, padded
+from gigavim_kernels.cpu.scan import scan_channels, state_block
+from gigavim_kernels.cpu.simd import LANES
+from gigavim_kernels.cpu.team import Team, share, team_of
+from gigavim_kernels.weights import BlockWeights, Branch, Direction
+
+TILE_ROWS = 512
+"""Rows of one matrix product: its operands stay in a core's second-level cache."""
+
+
+class CpuBlock:
+    """`gigavim_kernels.block.BlockKernel` for the CPU; bf16 products need AMX to be fast."""
+
+    def __init__(
+        self,
+        block: BlockWeights,
+        *,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        threads: int | None = None,
+    ) -> None:
+        self._team = team_of(threads)
+        self._product = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._branches = tuple(_prepare_branch(b, self._product) for b in block.branches)
+        self._stream_scale = block.stream_scale
+        widths = [len(d.taps) for b in self._branches for d in b.directions]
+        self.halo = max(widths) - 1
+        self.chunk = TILE_ROWS * max(2, self._team.threads)
+
+    def zero_states(self, *, reverse: bool) -> States:
+        """See `BlockKernel.zero_states`."""
+        return tuple(
+            torch.zeros(b.channels, d.states)
+            for b in self._branches
+            for d in b.directions
+            if d.reverse == reverse
+        )
+
+    @torch.no_grad()
+    def edge_states(self, stream: Tensor, left: Tensor, right: Tensor, states: States) -> States:
+        """See `BlockKernel.edge_states`."""
+        carried: list[Tensor] = []
+        given = iter(states)
+        with self._team.exclusive():
+            padded_stream = self._with_halos(stream, left, right)
+            for branch in self._branches:
+                directions = tuple(d for d in branch.directions if d.reverse)
+                if directions:
+                    chunk = _Chunk(self._team, branch, directions, 0, len(stream), self._product)
+                    chunk.project(padded_stream, self.halo, gated=False)
+                    carried += chunk.scan([next(given) for _ in directions], outputs=False)
+        return tuple(carried)
+
+    @torch.no_grad()
+    def update(
+        self, stream: Tensor, left: Tensor, right: Tensor, forward: States, reverse: States
+    ) -> States:
+        """See `BlockKernel.update`."""
+        carried: list[Tensor] = []
+        given = {False: iter(forward), True: iter(reverse)}
+        with self._team.exclusive():
+            padded_stream = self._with_halos(stream, left, right)
+            chunks = []
+            for number, branch in enumerate(self._branches):
+                directions = branch.directions
+                chunk = _Chunk(self._team, branch, directions, number, len(stream), self._product)
+                chunk.project(padded_stream, self.halo, gated=True)
+                last = chunk.scan([next(given[d.reverse]) for d in directions], outputs=True)
+                carried += [s for s, d in zip(last, directions) if not d.reverse]
+                chunks.append(chunk)
+            self._add_outputs(stream, chunks)
+        return tuple(carried)
+
+    def _with_halos(self, stream: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        rows = self._team.buffer(
+            "stream", len(stream) + 2 * self.halo, stream.shape[1], torch.float32
+        )
+        return torch.cat((left, stream, right), out=rows)
+
+    def _add_outputs(self, stream: Tensor, chunks: list["_Chunk"]) -> None:
+        columns = stream.shape[1]
+        buffers = [
+            self._team.buffer(f"added{w}", TILE_ROWS, columns, self._product)
+            for w in range(self._team.threads)
+        ]
+
+        def work(worker: int) -> None:
+            for start, stop in _tiles(len(stream), worker, self._team.threads):
+                rows = stream[start:stop]
+                if self._stream_scale != 1:
+                    rows.mul_(self._stream_scale)
+                for chunk in chunks:
+                    y, weight = chunk.y[start:stop], chunk.branch.out_proj
+                    if self._product == torch.float32:
+                        torch.addmm(rows, y, weight, out=rows)
+                        continue
+                    added = buffers[worker][: stop - start]
+                    torch.mm(y, weight, out=added)
+                    add_halves(rows.numpy(), _bits(added))
+
+        self._team.run(work)
+
+
+@dataclass(frozen=True, slots=True)
+class _Direction:
+    """A direction's weights, transposed and padded for the kernels."""
+
+    conv_weight: np.ndarray  # (K, E)
+    conv_bias: np.ndarray  # (1, E)
+    taps: tuple[int, ...]
+    x_proj: Tensor  # (E, N + N + R): columns of B, C, dt
+    dt_weight: np.ndarray  # (R, E)
+    dt_bias: np.ndarray  # (1, E)
+    A2: np.ndarray  # (N, E), times log2(e)
+    D: np.ndarray  # (1, E)
+    states: int  # N before padding
+    reverse: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    norm_weight: np.ndarray  # (D,)
+    norm_eps: np.float32
+    in_proj_x: Tensor  # (D, E)
+    in_proj_z: Tensor  # (D, E)
+    out_proj: Tensor  # (E, D), times the branch's scale
+    directions: tuple[_Direction, ...]
+    channels: int  # E before padding
+
+
+class _Chunk:
+    """One branch at work on a chunk of T tokens."""
+
+    def __init__(
+        self,
+        team: Team,
+        branch: _Branch,
+        directions: tuple[_Direction, ...],
+        number: int,
+        tokens: int,
+        product: torch.dtype,
+    ) -> None:
+        self.branch = branch
+        self._team, self._directions, self._tokens = team, directions, tokens
+        self._product = product
+        self._width = branch.in_proj_x.shape[1]
+        rows, width = tokens, self._width
+        self.y = team.buffer(f"y{number}", rows, width, product)
+        self._z = team.buffer("z", rows, width, product)
+        self._c = [team.buffer(f"c{i}", rows, width, product) for i in range(len(directions))]
+        self._projected = [
+            team.buffer(f"p{i}", rows, d.x_proj.shape[1], torch.float32)
+            for i, d in enumerate(directions)
+        ]
+
+    def project(self, padded_stream: Tensor, halo: int, *, gated: bool) -> None:
+        """Fill the scans' inputs from the stream (halo + T + halo, D)."""
+
+        def work(worker: int) -> None:
+            for start, stop in _tiles(self._tokens, worker, self._team.threads):
+                self._project_tile(worker, padded_stream, halo, start, stop, gated)
+
+        self._team.run(work)
+
+    def _project_tile(
+        self, worker: int, padded_stream: Tensor, halo: int, start: int, stop: int, gated: bool
+    ) -> None:
+        branch, rows = self.branch, stop - start + 2 * halo
+        columns = padded_stream.shape[1]
+        normed = self._team.buffer(f"normed{worker}", rows, columns, torch.float32)
+        x = self._team.buffer(f"x{worker}", rows, self._width, self._product)
+        rms_norm(
+            padded_stream[start : stop + 2 * halo].numpy(),
+            branch.norm_weight,
+            branch.norm_eps,
+            normed.numpy(),
+        )
+        if self._product != torch.float32:
+            halves = self._team.buffer(f"halves{worker}", rows, columns, self._product)
+            normed = halves.copy_(normed)
+        torch.mm(normed, branch.in_proj_x, out=x)
+        if gated:
+            inner = normed[halo : rows - halo]
+            torch.mm(inner, branch.in_proj_z, out=self._z[start:stop])
+        for direction, c, projected in zip(self._directions, self._c, self._projected):
+            conv_rows(
+                _bits(x),
+                direction.conv_weight,
+                direction.conv_bias,
+                direction.taps,
+                halo,
+                _bits(c[start:stop]),
+            )
+            target = projected[start:stop]
+            if self._product == torch.float32:
+                torch.mm(c[start:stop], direction.x_proj, out=target)
+            else:
+                halves = self._team.buffer(f"q{worker}", *target.shape, self._product)
+                target.copy_(torch.mm(c[start:stop], direction.x_proj, out=halves))
+
+    def scan(self, states: list[Tensor], *, outputs: bool) -> list[Tensor]:
+        """Scan all directions and return the carried states; y gets the gated sum."""
+        hidden = [
+            padded(padded(s.T, 1, LANES), 0, STATE_MULTIPLE).numpy() for s in states
+        ]  # (N, E)
+        groups = self._width // LANES
+        partial = None
+        if outputs and len(self._directions) > 1:
+            partial = self._team.buffer("sum", self._tokens, self._width, torch.float32).numpy()
+
+        def work(worker: int) -> None:
+            start, stop = (LANES * g for g in share(groups, worker, self._team.threads))
+            last = len(self._directions) - 1
+            for i, d in enumerate(self._directions):
+                z = _bits(self._z) if outputs and i == last else None
+                y = (_bits(self.y) if i == last else partial) if outputs else None
+                p, n = self._projected[i].numpy(), len(d.A2)
+                scan_channels(
+                    _bits(self._c[i]), p[:, 2 * n :], d.dt_weight, d.dt_bias, d.A2,
+                    p[:, :n], p[:, n : 2 * n], d.D, z, partial if i and outputs else None, y,
+                    hidden[i], d.reverse, state_block(n), start, stop,
+                )  # fmt: skip
+
+        self._team.run(work)
+        return [
+            torch.from_numpy(h[: d.states, : self.branch.channels].T.copy())
+            for h, d in zip(hidden, self._directions)
+        ]
+
+
+def _tiles(tokens: int, worker: int, workers: int) -> Iterator[tuple[int, int]]:
+    """Yield the pieces of a chunk that fall to a worker; their bounds do not depend on workers."""
+    for start in range(worker * TILE_ROWS, tokens, workers * TILE_ROWS):
+        yield start, min(start + TILE_ROWS, tokens)
+
+
+def _bits(tensor: Tensor) -> Any:
+    """Return a view as numpy: float32, or the bits of bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
+
+
+def _prepare_direction(direction: Direction, product: torch.dtype) -> _Direction:
+    rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
+    dt, B, C = torch.split_with_sizes(direction.x_proj, (rank, states, states))
+    rows = [padded(B, 0, STATE_MULTIPLE), padded(C, 0, STATE_MULTIPLE), padded(dt, 0, LANES)]
+    x_proj = padded(torch.cat(rows), 1, LANES)
+    A2 = padded(direction.A.detach().T.float() * math.log2(math.e), 1, LANES)
+    return _Direction(
+        conv_weight=padded(direction.conv_weight.T, 1, LANES).numpy(),
+        conv_bias=padded(direction.conv_bias[None], 1, LANES).numpy(),
+        taps=tap_offsets(direction.conv_weight.shape[1], reverse=direction.reverse_conv),
+        x_proj=x_proj.T.contiguous().to(product),
+        dt_weight=padded(direction.dt_weight.T, 1, LANES).numpy(),
+        dt_bias=padded(direction.dt_bias[None], 1, LANES).numpy(),
+        A2=padded(A2, 0, STATE_MULTIPLE).numpy(),
+        D=padded(direction.D[None], 1, LANES).numpy(),
+        states=states,
+        reverse=direction.reverse,
+    )
+
+
+def _prepare_branch(branch: Branch, product: torch.dtype) -> _Branch:
+    channels = branch.out_proj.shape[1]
+    x, z = (padded(half, 0, LANES) for half in branch.in_proj.chunk(2))
+    return _Branch(
+        norm_weight=branch.norm_weight.detach().float().contiguous().numpy(),
+        norm_eps=np.float32(branch.norm_eps),
+        in_proj_x=x.T.contiguous().to(product),
+        in_proj_z=z.T.contiguous().to(product),
+        out_proj=(padded(branch.out_proj, 1, LANES) * branch.scale).T.contiguous().to(product),
+        directions=tuple(_prepare_direction(d, product) for d in branch.directions),
+        channels=channels,
+    )

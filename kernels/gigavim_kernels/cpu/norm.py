@@ -1,0 +1,31 @@
+"""Row-wise helpers around the matrix products; numba's own vectorisation does well here."""
+
+from typing import Any
+
+import numba
+import numpy as np
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def rms_norm(rows: Any, weight: Any, eps: Any, out: Any) -> None:
+    """Write rows / sqrt(mean(rows^2) + eps) * weight; rows, out (T, D), weight (D,), float32."""
+    width = rows.shape[1]
+    for t in range(rows.shape[0]):
+        total = np.float32(0)
+        for i in range(width):
+            total += rows[t, i] * rows[t, i]
+        scale = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+        for i in range(width):
+            out[t, i] = rows[t, i] * scale * weight[i]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def add_halves(rows: Any, halves: Any) -> None:
+    """Add bfloat16 bits (T, D) to float32 rows in place."""
+    wide = np.empty(rows.shape[1], np.uint32)
+    values = wide.view(np.float32)
+    for t in range(rows.shape[0]):
+        for i in range(rows.shape[1]):
+            wide[i] = np.uint32(halves[t, i]) << np.uint32(16)
+        for i in range(rows.shape[1]):
+            rows[t, i] += values[i]
