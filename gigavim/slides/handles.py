@@ -2,8 +2,10 @@
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 
@@ -17,6 +19,38 @@ class Closable(Protocol):
 Handle = TypeVar("Handle", bound=Closable)
 
 
+class FileBytes:
+    """A file opened for reading at any place."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return exactly `count` bytes.
+
+        Raises:
+            EOFError: if the file ends before.
+        """
+        if hasattr(os, "pread"):
+            data = os.pread(self._descriptor, count, offset)
+        else:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            data = os.read(self._descriptor, count)
+        if len(data) < count:
+            raise EOFError("it lies beyond the end of the file")
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+
 class ThreadHandles(Generic[Handle]):
     """Opens a handle where a thread first needs it, and anew after `drop`."""
 
@@ -24,7 +58,8 @@ class ThreadHandles(Generic[Handle]):
         self._opener = opener
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._open: list[Handle] = []
+        # Weak, so that a handle goes when its thread does.
+        self._open: weakref.WeakSet[Handle] = weakref.WeakSet()
 
     def get(self) -> Handle:
         """Return this thread's handle."""
@@ -33,7 +68,7 @@ class ThreadHandles(Generic[Handle]):
             handle = self._opener()
             self._local.handle, self._local.pid = handle, os.getpid()
             with self._lock:
-                self._open.append(handle)
+                self._open.add(handle)
         current: Handle = self._local.handle
         return current
 
@@ -44,14 +79,14 @@ class ThreadHandles(Generic[Handle]):
         if handle is None:
             return
         with self._lock:
-            self._open = [other for other in self._open if other is not handle]
+            self._open.discard(handle)
         with suppress(Exception):
             handle.close()
 
     def close(self) -> None:
         """Close every thread's handle."""
         with self._lock:
-            handles, self._open = self._open, []
+            handles, self._open = list(self._open), weakref.WeakSet()
         self._local = threading.local()
         for handle in handles:
             with suppress(Exception):

@@ -119,12 +119,11 @@ def _differ(one: Mpp, other: Mpp) -> bool:
 
 def from_properties(properties: Mapping[str, str]) -> list[Mpp]:
     """Read the claims among OpenSlide's properties."""
-    pairs = [
-        ("openslide.mpp-x", "openslide.mpp-y"),
-        ("aperio.MPP", "aperio.MPP"),
-    ]
     claims = []
-    for name_x, name_y in pairs:
+    for name_x, name_y in (("openslide.mpp-x", "openslide.mpp-y"), ("aperio.MPP", "aperio.MPP")):
+        # Of a plain TIFF OpenSlide's figure is that of the resolution tags, which come below.
+        if properties.get("openslide.vendor") == "generic-tiff":
+            break
         x, y = _number(properties.get(name_x)), _number(properties.get(name_y))
         if x is not None and y is not None:
             claims.append(Mpp(x, y, name_x))

@@ -51,7 +51,10 @@ class OpenSlideSlide(Slide):
             dimensions = handle.level_dimensions
             self.icc = "openslide.icc-size" in properties
         except openslide.OpenSlideUnsupportedFormatError as error:
-            raise UnsupportedSlideError(f"{path}: OpenSlide knows no such format") from error
+            raise UnsupportedSlideError(
+                f"{path}: is no whole-slide image that OpenSlide reads (of DICOM, only slide "
+                "microscopy images are slides: no segmentations, annotations or radiology)"
+            ) from error
         except (openslide.OpenSlideError, OSError) as error:
             raise CorruptSlideError(
                 f"{path}: OpenSlide cannot open it: {error}; copy or export it again"

@@ -1,6 +1,8 @@
 """GeoTIFF, COG, JPEG 2000 and images with a world file, by rasterio."""
 
 import logging
+import threading
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from gigavim.errors import CorruptSlideError, SlideError, TileReadError, UnsupportedSlideError
@@ -18,6 +20,7 @@ from gigavim.slides.ground import ground_mpp
 from gigavim.slides.handles import ThreadHandles
 from gigavim.slides.mpp import override
 from gigavim.slides.pixels import SampleLayout, choose_rule
+from gigavim.slides.source import JPEG2000_MAGIC, TIFF_MAGIC
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +32,38 @@ SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_PX = 256
 
 
+DRIVERS = {
+    "GTiff": TIFF_MAGIC,
+    "JP2OpenJPEG": JPEG2000_MAGIC,
+    "PNG": (b"\x89PNG",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "BMP": (b"BM",),
+}
+"""What GDAL may take a file for, by its first bytes: formats that hold pixels themselves, and no
+references to other files."""
+
+_OPENING = threading.Lock()
+
+
 class _Datasets:
     """One thread's datasets: the raster and its overviews, opened as they are needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        with path.open("rb") as file:
+            head = file.read(16)
+        self._driver = next((name for name, magic in DRIVERS.items() if head.startswith(magic)), "")
+        if not self._driver:
+            raise UnsupportedSlideError(f"{path}: is no raster format that is read")
         self._open: dict[int, rasterio.DatasetReader] = {}
 
     def level(self, index: int) -> rasterio.DatasetReader:
         if index not in self._open:
             options = {} if index == 0 else {"overview_level": index - 1}
-            self._open[index] = rasterio.open(self._path, **options)
+            with _OPENING, warnings.catch_warnings():
+                # A raster that is not georeferenced is a plain image, which is fine here.
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                self._open[index] = rasterio.open(self._path, driver=self._driver, **options)
         return self._open[index]
 
     def close(self) -> None:

@@ -5,9 +5,10 @@ is about four times as fast as OpenSlide: nothing lies between the decoder and t
 """
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -18,7 +19,7 @@ from gigavim.errors import CorruptSlideError, TileReadError, UnsupportedSlideErr
 from gigavim.frames import Bounds, Mpp
 from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide, level_downsample
 from gigavim.slides.cache import TileCache
-from gigavim.slides.handles import ThreadHandles
+from gigavim.slides.handles import FileBytes, ThreadHandles
 from gigavim.slides.mpp import choose_mpp, from_description, from_ome, from_resolution
 from gigavim.slides.ome import pixels_attributes
 from gigavim.slides.pixels import choose_rule
@@ -70,7 +71,7 @@ class TiffSlide(Slide):
         structure = parse(path, self._tiff, choosing=options.channels is not None)
         self._structure = structure
         finest = structure.levels[0]
-        self._files = ThreadHandles[BinaryIO](lambda: path.open("rb", buffering=0))
+        self._files = ThreadHandles[FileBytes](lambda: FileBytes(path))
         self._cache = TileCache()
         self._decoders = [
             [_decoder(plane, level.raw_dtype, structure.bands_per_plane) for plane in level.planes]
@@ -98,6 +99,9 @@ class TiffSlide(Slide):
         }
         if any(axis in structure.axes for axis in "TZQI"):
             self.description["planes"] = f"first of axes {structure.axes}"
+        power = re.search(r"\bAppMag\s*=\s*([0-9.]+)", str(page.description))
+        if power:
+            self.description["objective power"] = power[1]
         if ICC_TAG in page.tags:
             self.description["icc"] = "present, not applied"
 
@@ -150,8 +154,7 @@ class TiffSlide(Slide):
                     return None
                 raise self._unreadable(level, index, "it has no bytes")
             try:
-                data = self._pread(offset, count)
-                part = decode(data, index)
+                part = decode(self._files.get().read(offset, count), index)
             except Exception as error:  # codecs raise errors of many unrelated kinds
                 raise self._unreadable(level, index, str(error)) from error
             parts.append(part)
@@ -165,14 +168,6 @@ class TiffSlide(Slide):
             )
         self.tiles_decoded += 1
         return raw
-
-    def _pread(self, offset: int, count: int) -> bytes:
-        file = self._files.get()
-        file.seek(offset)
-        data = file.read(count)
-        if len(data) < count:
-            raise EOFError("it lies beyond the end of the file")
-        return data
 
     def _unreadable(self, level: int, index: int, why: str) -> TileReadError:
         row, column = divmod(index, self._structure.levels[level].columns)
