@@ -149,7 +149,7 @@ class LabelStore:
         return np.asarray(self._coverage[:])
 
     def coverage_at(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-        """(y1 - y0, x1 - x0) uint8 `Coverage` of the window's pixels; the last cell has the rest."""
+        """(y1 - y0, x1 - x0) uint8 `Coverage` of a window; the last cells have the rest."""
         _check_window(self._labels.shape, y0, y1, x0, x1)
         rows = np.minimum(np.arange(y0, y1) // self.cell_px, self._coverage.shape[0] - 1)
         cols = np.minimum(np.arange(x0, x1) // self.cell_px, self._coverage.shape[1] - 1)

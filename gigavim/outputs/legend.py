@@ -21,7 +21,7 @@ def add_legend(
         picture: RGB.
         entries: names and colours.
         um_per_px: micrometres per pixel of the picture; no scale bar where it is not positive.
-        metric: the scale bar counts in m and km, not in µm and mm.
+        metric: the scale bar counts in cm, m and km, not in um and mm.
     """
     width = max(picture.width, LEAST_WIDTH_PX)
     size = min(max(width // 72, 13), 26)
@@ -55,8 +55,10 @@ def scale_bar(um_per_px: float, *, longest_px: int, metric: bool) -> tuple[int, 
         return None
     power = 10.0 ** math.floor(math.log10(longest_um))
     length_um = max(step * power for step in (1, 2, 5) if step * power <= longest_um * (1 + 1e-9))
-    units = [(1e9, "km"), (1e6, "m"), (1e4, "cm")] if metric else [(1e3, "mm"), (1.0, "µm")]
-    scale, unit = next((u for u in units if length_um >= u[0] * (1 - 1e-9)), units[-1])
+    # The font that Pillow brings has no "µ".
+    units = [(1e9, "km"), (1e6, "m"), (1e4, "cm")] if metric else [(1e3, "mm"), (1.0, "um")]
+    least = 0.999 if metric else 0.0999  # 0.2 mm reads better than 200 um
+    scale, unit = next((u for u in units if length_um >= least * u[0]), units[-1])
     return max(1, round(length_um / um_per_px)), f"{length_um / scale:g} {unit}"
 
 

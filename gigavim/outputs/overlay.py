@@ -215,8 +215,9 @@ def _hatch_unreadable(out: np.ndarray, labels: LabelStore, rows: _Axis, cols: _A
         return
     row = np.minimum(rows.source // labels.cell_px, cells.shape[0] - 1)
     col = np.minimum(cols.source // labels.cell_px, cells.shape[1] - 1)
-    hit = np.zeros(out.shape[:2], bool)
+    height, width = out.shape[:2]
+    hit = np.zeros((height, width), bool)
     found = np.argwhere(cells[np.ix_(row, col)])
     hit[rows.target[found[:, 0]], cols.target[found[:, 1]]] = True
-    y, x = np.indices(hit.shape, sparse=True)
-    out[hit & ((x + y) % 8 < 4)] = UNREADABLE_RGB
+    diagonal = np.add.outer(np.arange(height), np.arange(width))
+    out[hit & (diagonal % 8 < 4)] = UNREADABLE_RGB

@@ -63,7 +63,7 @@ def regions(
         OutputError: classes name an unknown parent, or each other in a circle.
     """
     tables = layer_tables(classes)
-    seams = [Seams(labels.width) for _ in tables]
+    seams = [Seams(labels.width, tile_px) for _ in tables]
     # A label that is no class has no table entry, and must not vanish in silence.
     known = np.arange(256) < len(classes)
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="polygons") as pool:

@@ -1,7 +1,8 @@
 """Regions cut by the seams between tiles, joined exactly.
 
 Two pieces belong together where they share an edge of a pixel along a seam. Pieces are gathered by
-a union-find over those edges, and united once the sweep has passed them.
+a union-find over those edges, and united once the sweep has passed them. Holes inside a tile take
+no part in the union, where they would cost far more than their tracing, and are put back after it.
 """
 
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Seams:
 
     width: int
     """Of the map, in pixels."""
+    tile_px: int
+    """Seams lie at the multiples of this."""
     _parent: dict[int, int] = field(default_factory=dict)
     _members: dict[int, list[int]] = field(default_factory=dict)
     """Of each root."""
@@ -79,8 +82,9 @@ class Seams:
         polygons = np.empty(len(ended), object)
         for place, root in enumerate(ended):
             members = self._members.pop(root)
-            pieces = [self._polygons.pop(number) for number in members]
-            polygons[place] = shapely.union_all(pieces) if len(pieces) > 1 else pieces[0]
+            polygons[place] = unite(
+                [self._polygons.pop(number) for number in members], self.tile_px
+            )
             for number in members:
                 del self._parent[number], self._labels[number]
         return labels, canonical(polygons)
@@ -134,6 +138,26 @@ class _Sides:
             right=side(0, tile.x + tile.width, tile.y, tile.height),
             bottom=side(1, tile.y + tile.height, tile.x, tile.width),
         )
+
+
+def unite(pieces: list[shapely.Polygon], tile_px: int) -> shapely.Polygon:
+    """The union of polygons along pixel edges that are one 4-connected region."""
+    if len(pieces) == 1:
+        return pieces[0]
+    solid, holes = [], []
+    for piece in pieces:
+        rings = np.asarray(piece.interiors, object)
+        if len(rings):
+            bounds = shapely.bounds(rings)
+            cut = (bounds % tile_px == 0).any(1)
+            holes.append(rings[~cut])
+            piece = shapely.polygons(piece.exterior, rings[cut])
+        solid.append(piece)
+    whole = shapely.union_all(solid)
+    if not holes:
+        return whole
+    inner = np.concatenate([np.asarray(whole.interiors, object), *holes])
+    return shapely.polygons(whole.exterior, inner)
 
 
 def canonical(polygons: np.ndarray) -> np.ndarray:
