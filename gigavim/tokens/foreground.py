@@ -34,16 +34,20 @@ def off_glass(rgb: RGB, background_rgb: tuple[int, int, int]) -> Mask:
     neither glass nor darkness, all is kept but the plain background that readers fill in.
     """
     darkest, brightest = _channels(np.minimum, rgb), _channels(np.maximum, rgb)
-    glass_rgb = _glass(rgb, darkest, brightest)
+    bright = (darkest >= GLASS_AT_LEAST) & (brightest - darkest <= GLASS_COLOR_SPREAD)
+    scanned = not_background(rgb, background_rgb)
+    # What readers fill in is not the colour of the glass, unless there is no other.
+    glass_rgb = _glass(rgb, darkest, bright & scanned) or _glass(rgb, darkest, bright)
     if glass_rgb is not None:
         # The most absorbing channel tells both colour and darkness; pen and ink stay in.
-        contrast = _channels(np.maximum, glass_rgb - np.minimum(rgb, glass_rgb))
+        glass = np.array(glass_rgb, np.uint8)
+        contrast = _channels(np.maximum, glass - np.minimum(rgb, glass))
         return _stands_out(contrast) & (brightest > NO_DATA_AT_MOST)
     dark = brightest <= DARK_AT_MOST
     if dark.mean() >= DARK_SHARE:
         level = np.uint8(np.median(brightest[dark]))
         return _stands_out(np.maximum(brightest, level) - level)
-    return not_background(rgb, background_rgb)
+    return scanned
 
 
 def not_background(rgb: RGB, background_rgb: tuple[int, int, int]) -> Mask:
@@ -79,21 +83,19 @@ def _channels(reduce: np.ufunc, rgb: RGB) -> Grey:
     return reduced
 
 
-def _glass(rgb: RGB, darkest: Grey, brightest: Grey) -> RGB | None:
+def _glass(rgb: RGB, darkest: Grey, candidates: Mask) -> tuple[int, int, int] | None:
     """The colour of the glass, a peak among bright and colourless pixels; None if there is none.
 
-    `darkest` and `brightest` are each pixel's least and greatest channel.
+    `darkest` is each pixel's least channel.
     """
-    candidates = darkest >= GLASS_AT_LEAST
-    candidates &= brightest - darkest <= GLASS_COLOR_SPREAD
     levels = np.bincount(darkest[candidates], minlength=256)
     peak = int(np.convolve(levels, np.ones(GLASS_PEAK_WIDTH), "same").argmax())
-    candidates &= darkest >= peak - GLASS_PEAK_WIDTH
-    candidates &= darkest <= min(peak + GLASS_PEAK_WIDTH, 255)
-    if candidates.mean() < GLASS_SHARE:
+    near = candidates & (darkest >= peak - GLASS_PEAK_WIDTH)
+    near &= darkest <= min(peak + GLASS_PEAK_WIDTH, 255)
+    if near.mean() < GLASS_SHARE:
         return None
-    color: RGB = np.median(rgb[candidates], axis=0).astype(np.uint8)
-    return color
+    red, green, blue = np.median(rgb[near], axis=0)
+    return int(red), int(green), int(blue)
 
 
 def _stands_out(contrast: Grey) -> Mask:

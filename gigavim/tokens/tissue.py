@@ -41,7 +41,7 @@ LARGEST_FILLED_HOLE_UM2 = 250_000.0
 # Where lengths are unknown or not those of tissue, they are taken in pixels of the mask.
 _DILATION_PX = 4
 _LARGEST_FILLED_HOLE_PX = 256
-_SMALLEST_SPECK_PX = 4
+_SMALLEST_SPECK_PX = 10
 # In an image a few cells wide, a speck is measured by the image.
 _SPECK_SHARE = 1e-3
 
@@ -98,8 +98,8 @@ def kept_cells(grid: TokenGrid, tissue: TissueMask, *, min_tissue: float = 0.0) 
     frame, of = grid.frame, tissue.frame
     to_mask_y = ((frame.y_level0 - of.y_level0) / of.scale_y, frame.scale_y / of.scale_y)
     to_mask_x = ((frame.x_level0 - of.x_level0) / of.scale_x, frame.scale_x / of.scale_x)
-    upper, lower = _edges(grid.rows, grid, frame.height_px, to_mask_y)
-    left, right = _edges(grid.cols, grid, frame.width_px, to_mask_x)
+    upper, lower = _edges(grid, grid.rows, frame.height_px, to_mask_y, of.height_px)
+    left, right = _edges(grid, grid.cols, frame.width_px, to_mask_x, of.width_px)
     sums = np.zeros((of.height_px + 1, of.width_px + 1), np.int32)
     np.cumsum(tissue.mask, axis=0, out=sums[1:, 1:])
     np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
@@ -208,24 +208,23 @@ def _mask_frame(slide: "Slide", bounds: Bounds, height: int, width: int) -> MapF
 
 
 def _edges(
-    cells: int, grid: TokenGrid, length_px: int, to_mask: tuple[float, float]
+    grid: TokenGrid, cells: int, length_px: int, to_mask: tuple[float, float], mask_px: int
 ) -> npt.NDArray[np.float64]:
-    """Where patches start and stop along an axis, cut at the map's end, in mask pixels: (2, cells).
+    """Where patches start and stop along an axis, in mask pixels, cut where map or mask end.
 
-    `to_mask` is the mask pixel at which the map starts, and mask pixels per map pixel.
+    `to_mask` is the mask pixel at which the map starts, and mask pixels per map pixel. The answer
+    is (2, cells).
     """
     start = np.arange(cells, dtype=np.int64) * grid.stride_px
     edges = np.minimum(np.stack([start, start + grid.patch_px]), length_px)
-    return to_mask[0] + edges * to_mask[1]
+    return np.clip(to_mask[0] + edges * to_mask[1], 0, mask_px)
 
 
 def _interpolate(
     sums: npt.NDArray[Any], positions: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """Rows of a table of running sums at fractional positions: (len(positions), columns)."""
-    last = len(sums) - 1
-    positions = np.clip(positions, 0, last)
-    whole = np.minimum(positions.astype(np.int64), last - 1)
+    whole = np.minimum(positions.astype(np.int64), len(sums) - 2)
     below = sums[whole].astype(np.float64)
     below += (positions - whole)[:, None] * (sums[whole + 1] - sums[whole])
     return below

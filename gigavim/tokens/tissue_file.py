@@ -32,13 +32,15 @@ def mask_from_geojson(path: Path, shape: tuple[int, int], bounds: Bounds) -> Mas
     """
     import orjson
     from affine import Affine
-    from rasterio.features import rasterize
+    from rasterio.features import is_valid_geom, rasterize
 
     try:
         document = orjson.loads(_content(path))
         areas = [area for area in _geometries(document) if area.get("type") in _AREAS]
         if not areas:
             raise SettingsError(f"{path}: holds no polygon, so no tissue is outlined in it")
+        if not all(map(is_valid_geom, areas)):
+            raise ValueError("a polygon has no valid coordinates")
         height, width = shape
         scale = Affine.scale(bounds.width_level0 / width, bounds.height_level0 / height)
         drawn = rasterize(areas, shape, transform=scale, all_touched=True, dtype=np.uint8)
