@@ -10,7 +10,7 @@ import torch
 
 from gigavim.engine import memory
 from gigavim.engine.memory import format_bytes
-from gigavim.engine.sequence import Location
+from gigavim.engine.sequence import RELEASE_BYTES, Location
 from gigavim.engine.sweep import edge_state_bytes
 from gigavim.errors import ResourceError
 from gigavim_kernels.backends import Precision, backend_name, prepare_block
@@ -18,8 +18,10 @@ from gigavim_kernels.block import BlockKernel
 from gigavim_kernels.chunked import HIDDEN_BUDGET, HIDDEN_BUDGET_ACCELERATOR
 from gigavim_kernels.weights import BlockWeights
 
-PROCESS_BYTES = 450_000_000
-"""RSS of Python with torch, numba and the image libraries loaded and warm (measured 0.44 GB)."""
+PROCESS_BYTES = 520_000_000
+"""RSS of Python with torch, numba and the image libraries loaded and warm: 0.51 GB measured."""
+MAPPED_BYTES = 2 * RELEASE_BYTES
+"""RAM that a mapped stream takes at most."""
 CHUNK_FLOATS_PER_CHANNEL = 16
 """Upper bound on the temporaries of a kernel, in floats per token and inner channel."""
 SMALLEST_CHUNK = 64
@@ -102,39 +104,34 @@ def plan_sweep(
         ResourceError: no arrangement fits; the message says what would.
     """
     device = torch.device(device)
-    width = blocks[0].branches[0].in_proj.shape[1]
     kernel = prepare_block(blocks[0], device=device, precision=precision, threads=threads)
-    on_cpu = device.type == "cpu"
-    ram_budget = max_memory_bytes or memory.default_memory_budget()
-    ram_base = max(PROCESS_BYTES, memory.resident_bytes()) + other_bytes
-    work_budget = ram_budget - ram_base if on_cpu else _device_budget(device, max_gpu_memory_bytes)
-
-    chunk, work = _fit_chunk(length, blocks, chunk or kernel.chunk, work_budget, device)
-    if work > work_budget:
-        spent = ram_base if on_cpu else 0
-        needed, allowed = format_bytes(work + spent), format_bytes(work_budget + spent)
-        option = "--max-memory" if on_cpu else "--max-gpu-memory"
-        raise ResourceError(
-            f"{length:,} tokens need at least {needed} of {'RAM' if on_cpu else device} even with "
-            f"the token stream elsewhere, and {allowed} is allowed: raise {option}, use a smaller "
-            "model or a larger mpp, or close other programs"
-        )
-    ram = ram_base + (work if on_cpu else 0)
+    width = blocks[0].branches[0].in_proj.shape[1]
     stream = length * width * 4
-    location: Location
-    if not on_cpu and work + stream <= work_budget:
-        location = "device"
-    elif ram + stream <= ram_budget:
-        location = "ram"
+    ram_budget = max_memory_bytes or memory.default_memory_budget()
+    process = PROCESS_BYTES + _weight_bytes(blocks)
+    ram = max(process, memory.resident_bytes()) + other_bytes
+    on_disk = min(stream, MAPPED_BYTES)  # RAM taken by the stream at least
+
+    chunk = chunk or kernel.chunk
+    if device.type == "cpu":
+        device_budget = work = 0
+        chunk, ram = _fit_chunk(length, blocks, chunk, device, ram_budget, ram + on_disk)
+        ram -= on_disk
     else:
-        location = "disk"
+        device_budget = _device_budget(device, max_gpu_memory_bytes)
+        chunk, work = _fit_chunk(length, blocks, chunk, device, device_budget, 0)
+    location: Location
+    if device.type != "cpu" and work + stream <= device_budget:
+        location, work = "device", work + stream
+    elif ram + stream <= ram_budget:
+        location, ram = "ram", ram + stream
+    else:
         _check_disk(length, stream, ram + stream, scratch_dir)
-    seconds = (
-        estimate_seconds(length, len(blocks), kernel, width, device=device, chunk=chunk)
-        + _transfer_seconds(stream * PASSES * len(blocks), location, device)
-        if estimate
-        else None
-    )
+        location, ram = "disk", ram + on_disk
+    seconds = None
+    if estimate:
+        seconds = estimate_seconds(length, len(blocks), kernel, width, device=device, chunk=chunk)
+        seconds += _transfer_seconds(stream * PASSES * len(blocks), location, device)
     return Plan(
         tokens=length,
         blocks=len(blocks),
@@ -143,8 +140,8 @@ def plan_sweep(
         location=location,
         device=str(device),
         precision=precision,
-        ram_bytes=ram + (stream if location == "ram" else 0),
-        device_bytes=0 if on_cpu else work + (stream if location == "device" else 0),
+        ram_bytes=ram,
+        device_bytes=work,
         disk_bytes=stream if location == "disk" else 0,
         seconds=seconds,
     )
@@ -194,15 +191,41 @@ def format_seconds(seconds: float) -> str:
 
 
 def _fit_chunk(
-    length: int, blocks: Sequence[BlockWeights], chunk: int, budget: int, device: torch.device
+    length: int,
+    blocks: Sequence[BlockWeights],
+    chunk: int,
+    device: torch.device,
+    budget: int,
+    spent: int,
 ) -> tuple[int, int]:
-    """The longest of chunk, chunk / 2, ... whose memory fits, else the one that needs least."""
+    """The longest of chunk, chunk / 2, ... that fits the budget, and the memory then used.
+
+    Raises:
+        ResourceError: none does. Shorter chunks take less room, but have more edges.
+    """
     options: list[tuple[int, int]] = []
     while not options or chunk >= SMALLEST_CHUNK:
-        options.append((chunk, work_bytes(length, blocks, chunk, device)))
+        used = spent + work_bytes(length, blocks, chunk, device)
+        if used <= budget:
+            return chunk, used
+        options.append((used, chunk))
         chunk //= 2
-    fitting = [option for option in options if option[1] <= budget]
-    return fitting[0] if fitting else min(options, key=lambda option: option[1])
+    where, option = ("RAM", "memory") if device.type == "cpu" else (str(device), "gpu-memory")
+    raise ResourceError(
+        f"{length:,} tokens need at least {format_bytes(min(options)[0])} of {where} even with the "
+        f"token stream elsewhere, and {format_bytes(budget)} is allowed: raise --max-{option}, use "
+        "a smaller model or a larger mpp, or close other programs"
+    )
+
+
+def _weight_bytes(blocks: Sequence[BlockWeights]) -> int:
+    """The projections, which are nearly all of it."""
+    return sum(
+        4 * weight.numel()
+        for block in blocks
+        for branch in block.branches
+        for weight in (branch.in_proj, branch.out_proj, *(d.x_proj for d in branch.directions))
+    )
 
 
 def _device_budget(device: torch.device, given: int | None) -> int:

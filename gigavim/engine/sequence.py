@@ -1,7 +1,7 @@
 """Where the residual stream lives: device memory, RAM, or a memory-mapped file."""
 
 import errno
-import logging
+import functools
 import mmap
 import os
 import tempfile
@@ -16,11 +16,9 @@ from torch import Tensor
 from gigavim.engine.memory import format_bytes
 from gigavim.errors import OutputError, ResourceError
 
-logger = logging.getLogger(__name__)
-
 Location = Literal["device", "ram", "disk"]
 
-_RELEASE_BYTES = 64 << 20
+RELEASE_BYTES = 32 << 20
 """What may be touched of a mapped file before its pages are handed back."""
 _PIECE = 16 << 20
 
@@ -60,9 +58,8 @@ class TokenSequence:
             self._data = torch.frombuffer(self._map, dtype=torch.float32).view(length, width)
         else:
             self._data = _allocate(length, width, device if location == "device" else None)
-        self._unpin = weakref.finalize(self, _unpin, 0)
-        if location == "ram" and device.type == "cuda":
-            self._unpin = weakref.finalize(self, _unpin, _pin(self._data))
+        pinned = location == "ram" and device.type == "cuda"
+        self._unpin = weakref.finalize(self, _pin(self._data)) if pinned else None
 
     @property
     def length(self) -> int:
@@ -127,7 +124,7 @@ class TokenSequence:
         self._map.madvise(mmap.MADV_WILLNEED, first, stop * row_bytes - first)
 
     def release(self, start: int, stop: int) -> None:
-        """Count mapped rows as used; the memory of all is given back whenever 64 MB have been.
+        """Count mapped rows as used; the memory of all is given back whenever 32 MB have been.
 
         Values stay: the mapping is shared, so changed pages are in the system's page cache on their
         way to disk. All pages go at once because a touch may map more than was touched.
@@ -136,7 +133,8 @@ class TokenSequence:
 
     def close(self) -> None:
         """Free the memory or the disk space; the sequence is then empty."""
-        self._unpin()
+        if self._unpin is not None:
+            self._unpin()
         self._data = self._data.new_empty(0, self.width)
         self._map = None  # unmapped as soon as no view of it is left
 
@@ -153,7 +151,7 @@ class TokenSequence:
 
     def _touch(self, size: int) -> None:
         self._touched += size
-        if self._map is not None and self._touched >= _RELEASE_BYTES:
+        if self._map is not None and self._touched >= RELEASE_BYTES:
             self._touched = 0
             if hasattr(mmap, "MADV_DONTNEED"):  # Windows trims by itself
                 self._map.madvise(mmap.MADV_DONTNEED)
@@ -201,22 +199,18 @@ def _reserve(file: IO[bytes], size: int) -> None:
     file.flush()
 
 
-def _pin(data: Tensor) -> int:
-    """Page-lock host memory in place; its address, or 0 where the system refuses.
+def _pin(data: Tensor) -> Any:
+    """Page-lock host memory in place; return what undoes it.
 
     torch's own pinned allocator rounds up to a power of two: up to twice the memory.
     """
-    if data.numel() == 0:
-        return 0
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0)
-    if int(status) != 0:
-        logger.warning("cannot page-lock %s of RAM: copies are slower", format_bytes(data.nbytes))
-        return 0
-    return data.data_ptr()
-
-
-def _unpin(address: int) -> None:
-    if address:
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        runtime.cudaHostUnregister(address)
+    if data.numel() == 0:
+        return lambda: None
+    status = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0))
+    if status != 0:
+        raise ResourceError(
+            f"the GPU driver cannot page-lock {format_bytes(data.nbytes)} of RAM (CUDA error "
+            f"{status}): give less memory so that the tokens go to disk"
+        )
+    return functools.partial(runtime.cudaHostUnregister, data.data_ptr())

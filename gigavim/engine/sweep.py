@@ -68,6 +68,8 @@ def sweep_block(
         every later token. One that only this block's output has is found by the next block.
     """
     chunk = kernel.chunk if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"a chunk of {chunk} tokens")
     edges = _reverse_edges(sequence, kernel, device, chunk)
     states = kernel.zero_states(reverse=False)
     left = torch.zeros(kernel.halo, sequence.width, device=device)

@@ -1,3 +1,8 @@
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 
 from gigavim.engine import memory
@@ -50,10 +55,10 @@ def test_the_limit_decides_between_ram_and_disk(make_block, big_disk):
 
 def test_little_memory_means_short_chunks(make_block, big_disk):
     roomy = plan(make_block, 1_000_000, chunk=100_000)
-    tight = plan(make_block, 1_000_000, chunk=100_000, max_memory_bytes=PROCESS_BYTES + GB // 10)
+    tight = plan(make_block, 1_000_000, chunk=100_000, max_memory_bytes=PROCESS_BYTES + GB // 5)
     assert roomy.chunk == 100_000
     assert tight.chunk < roomy.chunk
-    assert tight.ram_bytes <= PROCESS_BYTES + GB // 10
+    assert tight.ram_bytes <= PROCESS_BYTES + GB // 5
 
 
 def test_a_limit_below_the_program_itself_is_refused(make_block):
@@ -108,3 +113,40 @@ def test_the_default_budget_is_used(make_block, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1 * GB)
     found = plan(make_block, 100_000, max_memory_bytes=None)
     assert found.ram_bytes <= 0.8 * 1.1 * GB
+
+
+@pytest.mark.slow
+def test_a_process_keeps_the_memory_it_planned(tmp_path):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    if memory.is_memory_backed(tmp_path):
+        pytest.skip("the temporary folder is no disk")
+    code = """
+    import resource, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from conftest import random_block
+    from gigavim.engine.plan import plan_sweep
+    from gigavim.engine.sequence import TokenSequence
+    from gigavim.engine.sweep import sweep
+    length, width = 500_000, 256  # 512 MB
+    blocks = [random_block("v2", d_model=width, d_state=1)]
+    options = {"device": "cpu", "precision": "fp32", "threads": 1}
+    scratch = Path(sys.argv[2])
+    plan = plan_sweep(
+        length, blocks, max_memory_bytes=800_000_000, scratch_dir=scratch, **options
+    )
+    with TokenSequence(length, width, location=plan.location, scratch_dir=scratch) as sequence:
+        for start in range(0, length, 10_000):
+            sequence.rows(start, start + 10_000).normal_()
+            sequence.release(start, start + 10_000)
+        sweep(sequence, blocks, chunk=plan.chunk, **options)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(plan.location, plan.ram_bytes, peak)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), Path(__file__).parent, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    location, planned, peak = done.stdout.split()
+    assert location == "disk"
+    assert int(peak) <= int(planned) <= 800_000_000

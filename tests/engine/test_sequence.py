@@ -122,7 +122,7 @@ def test_more_memory_than_can_be_addressed_is_a_resource_error():
 
 
 def test_scattering_over_a_mapped_file_keeps_memory_small(monkeypatch):
-    monkeypatch.setattr(sequence_module, "_RELEASE_BYTES", 1 << 20)
+    monkeypatch.setattr(sequence_module, "RELEASE_BYTES", 1 << 20)
     length, width = 200_000, 64  # 51 MB
     with TokenSequence(length, width, location="disk") as sequence:
         order = torch.randperm(length)
@@ -141,32 +141,29 @@ def mapped_bytes():
     return int(statm.read_text().split()[2]) * resource.getpagesize()
 
 
-@pytest.mark.slow
-def test_a_sweep_over_a_large_file_keeps_memory_bounded():
-    code = """
-    import resource, sys, torch
-    sys.path.insert(0, sys.argv[1])
-    from conftest import random_block
-    from gigavim.engine.sequence import TokenSequence
-    from gigavim.engine.sweep import sweep
-    cpu = torch.device("cpu")
-    length, width = 500_000, 256  # 512 MB
-    blocks = [random_block("none", d_model=width, d_state=1, seed=0)]
-    with TokenSequence(4096, width) as warm:
-        warm.rows(0, 4096).zero_()
-        sweep(warm, blocks, device=cpu, precision="fp32", chunk=2048)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with TokenSequence(length, width, location="disk") as sequence:
-        for start in range(0, length, 10_000):
-            sequence.rows(start, start + 10_000).normal_()
-            sequence.release(start, start + 10_000)
-        sweep(sequence, blocks, device=cpu, precision="fp32", chunk=2048)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), Path(__file__).parent],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 100e6
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("location", ["ram", "device"])
+def test_rows_lie_where_a_gpu_reaches_them(location):
+    device = torch.device("cuda")
+    with TokenSequence(1000, 8, location=location, device=device) as sequence:
+        rows = torch.randn(1000, 8)
+        sequence.scatter(torch.arange(1000), rows)
+        assert sequence.rows(0, 1000).is_pinned() == (location == "ram")
+        loaded = sequence.load(10, 20, device)
+        loaded += 1
+        sequence.store(10, loaded)
+        torch.cuda.synchronize()
+        assert torch.equal(sequence.gather(torch.arange(10, 20)).cpu(), rows[10:20] + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offsets_beyond_32_bits():
+    length, width = 12_000_000, 192  # 2.3e9 numbers
+    with TokenSequence(length, width, location="device", device="cuda") as sequence:
+        index = torch.tensor([0, 5, length // 2, length - 1])
+        sequence.rows(0, length).zero_()
+        sequence.scatter(index, torch.arange(4.0)[:, None].expand(-1, width))
+        assert sequence.gather(index)[:, -1].tolist() == [0, 1, 2, 3]
+        assert sequence.rows(0, length).count_nonzero() == 3 * width

@@ -144,6 +144,25 @@ def test_an_interrupted_sweep_leaves_no_file(make_block, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("chunk", [0, -3])
+def test_a_chunk_holds_a_token_at_least(make_block, chunk):
+    with pytest.raises(ValueError, match="chunk"):
+        swept(torch.randn(5, WIDTH), [make_block("none", d_model=WIDTH)], chunk=chunk)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("location", ["device", "ram", "disk"])
+def test_a_gpu_sweeps_a_stream_that_lives_anywhere(make_block, error_of, location):
+    blocks = [make_block(kind, d_model=WIDTH) for kind in KINDS]
+    stream = torch.randn(3001, WIDTH)
+    expected = swept(stream, blocks, chunk=512)
+    with TokenSequence(3001, WIDTH, location=location, device="cuda") as sequence:
+        sequence.scatter(torch.arange(3001), stream)
+        sweep(sequence, blocks, device="cuda", precision="fp32", chunk=700)
+        assert error_of(sequence.rows(0, 3001).cpu(), expected.double()) <= 1e-5
+
+
 def test_edge_states_count_reverse_directions_only(make_block):
     blocks = {kind: make_block(kind, d_model=WIDTH, d_state=4) for kind in KINDS}
     per_edge = 16 * 4 * 4  # E x N float32
