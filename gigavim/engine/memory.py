@@ -51,9 +51,10 @@ def available_memory() -> int:
     return max(0, min([free, *_cgroup_free(Path("/proc/self/cgroup"), _CGROUP)]))
 
 
-def default_memory_budget() -> int:
-    """What the process as a whole may use where no limit was given: 80 % of what it could have."""
-    return int(DEFAULT_SHARE * (available_memory() + resident_bytes()))
+def memory_budget(limit: int | None = None) -> int:
+    """What the process as a whole may use: at most `limit`, or 80 % of what it could have."""
+    reachable = available_memory() + resident_bytes()
+    return int(DEFAULT_SHARE * reachable) if limit is None else min(limit, reachable)
 
 
 def free_disk(folder: Path) -> int:

@@ -93,7 +93,8 @@ def plan_sweep(
 
     Args:
         length: tokens of the sequence.
-        max_memory_bytes: RAM for the process as a whole; 80 % of what it could have if absent.
+        max_memory_bytes: RAM for the process as a whole, if there is as much; 80 % of what it could
+            have if absent.
         max_gpu_memory_bytes: device memory; 80 % of what is free if absent.
         scratch_dir: for the scratch file; the system's temporary folder if absent.
         chunk: tokens per step at most; the kernel's choice if absent.
@@ -107,7 +108,7 @@ def plan_sweep(
     kernel = prepare_block(blocks[0], device=device, precision=precision, threads=threads)
     width = blocks[0].branches[0].in_proj.shape[1]
     stream = length * width * 4
-    ram_budget = max_memory_bytes or memory.default_memory_budget()
+    ram_budget = memory.memory_budget(max_memory_bytes)
     process = PROCESS_BYTES + _weight_bytes(blocks)
     ram = max(process, memory.resident_bytes()) + other_bytes
     on_disk = min(stream, MAPPED_BYTES)  # RAM taken by the stream at least
@@ -128,6 +129,8 @@ def plan_sweep(
     else:
         _check_disk(length, stream, ram + stream, scratch_dir)
         location, ram = "disk", ram + on_disk
+    if ram > ram_budget:
+        raise _too_little(length, ram, "RAM", ram_budget, "memory")
     seconds = None
     if estimate:
         seconds = estimate_seconds(length, len(blocks), kernel, width, device=device, chunk=chunk)
@@ -211,10 +214,14 @@ def _fit_chunk(
         options.append((used, chunk))
         chunk //= 2
     where, option = ("RAM", "memory") if device.type == "cpu" else (str(device), "gpu-memory")
-    raise ResourceError(
-        f"{length:,} tokens need at least {format_bytes(min(options)[0])} of {where} even with the "
-        f"token stream elsewhere, and {format_bytes(budget)} is allowed: raise --max-{option}, use "
-        "a smaller model or a larger mpp, or close other programs"
+    raise _too_little(length, min(options)[0], where, budget, option)
+
+
+def _too_little(length: int, needed: int, where: str, budget: int, option: str) -> ResourceError:
+    return ResourceError(
+        f"{length:,} tokens need at least {format_bytes(needed)} of {where} even with the token "
+        f"stream elsewhere, and {format_bytes(budget)} is allowed: raise --max-{option}, use a "
+        "smaller model or a larger mpp, or close other programs"
     )
 
 
@@ -233,7 +240,7 @@ def _device_budget(device: torch.device, given: int | None) -> int:
         free, _ = torch.cuda.mem_get_info(device)
     else:  # such as Apple's, whose GPU shares the RAM
         free = memory.available_memory()
-    return min(given or free, int(memory.DEFAULT_SHARE * free))
+    return int(memory.DEFAULT_SHARE * free) if given is None else min(given, free)
 
 
 def _check_disk(length: int, stream: int, ram_needed: int, scratch_dir: Path | None) -> None:

@@ -39,7 +39,8 @@ def test_sizes_for_people(size, text):
 
 def test_free_memory_is_within_the_machine():
     assert 0 < memory.available_memory() < 1 << 50
-    assert memory.default_memory_budget() > 0
+    assert 0 < memory.memory_budget() < memory.memory_budget(1 << 60)
+    assert memory.memory_budget(1000) == 1000
 
 
 def write_group(folder, *, limit, usage, cache, version):

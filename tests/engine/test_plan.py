@@ -14,14 +14,15 @@ GB = 10**9
 
 def plan(make_block, length, **options):
     blocks = [make_block("v2", d_model=192, d_state=16)] * 24
-    options = {"estimate": False, "max_memory_bytes": 4 * GB} | options
-    return plan_sweep(length, blocks, device="cpu", precision="fp32", **options)
+    options = {"estimate": False, "max_memory_bytes": 4 * GB, "device": "cpu"} | options
+    return plan_sweep(length, blocks, precision="fp32", **options)
 
 
 @pytest.fixture(autouse=True)
-def small_process(monkeypatch):
-    """The test process has loaded whatever the tests before it needed."""
+def machine(monkeypatch):
+    """The same memory on every machine, whatever the tests before have loaded."""
     monkeypatch.setattr(memory, "resident_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 16 * GB)
 
 
 @pytest.fixture
@@ -51,6 +52,29 @@ def test_the_limit_decides_between_ram_and_disk(make_block, big_disk):
     assert plan(make_block, 2_000_000, max_memory_bytes=in_ram.ram_bytes).location == "ram"
     assert plan(make_block, 2_000_000, max_memory_bytes=in_ram.ram_bytes - 1).location == "disk"
     assert plan(make_block, 2_000_000, other_bytes=3 * GB).location == "disk"
+
+
+@pytest.mark.parametrize(
+    ("device_gb", "ram_gb", "location"), [(40, 4, "device"), (10, 40, "ram"), (10, 4, "disk")]
+)
+def test_an_accelerator_takes_the_nearest_memory_with_room(
+    make_block, big_disk, monkeypatch, device_gb, ram_gb, location
+):
+    monkeypatch.setattr(memory, "available_memory", lambda: 100 * GB)
+    limits = {"max_memory_bytes": ram_gb * GB, "max_gpu_memory_bytes": device_gb * GB}
+    # "meta" is an accelerator that every torch has; nothing runs on it here.
+    found = plan(make_block, 31_250_000, device="meta", **limits)
+    assert found.location == location
+    assert 0 < found.device_bytes <= device_gb * GB
+    assert found.ram_bytes <= ram_gb * GB
+    with pytest.raises(ResourceError, match="raise --max-gpu-memory"):
+        plan(make_block, 31_250_000, device="meta", max_gpu_memory_bytes=GB // 100)
+    with pytest.raises(ResourceError, match="raise --max-memory"):
+        plan(make_block, 31_250_000, device="meta", max_memory_bytes=GB // 10)
+
+
+def test_a_limit_beyond_the_machine_is_the_machine(make_block, big_disk):
+    assert plan(make_block, 31_250_000, max_memory_bytes=100 * GB).location == "disk"
 
 
 def test_little_memory_means_short_chunks(make_block, big_disk):
