@@ -53,6 +53,18 @@ class Segmentation:
     summary: dict[str, Any]
     """Also written as JSON: areas, tokens, timings, provenance."""
 
+    def areas(self) -> list[str]:
+        """One line per class for people: name, share of the map, area."""
+        lines = []
+        for entry in self.summary["classes"]:
+            sizes = [
+                f"{entry[key]:,.3f} {unit}"
+                for key, unit in (("area_mm2", "mm2"), ("area_ha", "ha"))
+                if entry.get(key) is not None
+            ]
+            lines.append(f"{entry['name']:<12} {entry['fraction']:6.1%}  {' '.join(sizes)}")
+        return lines
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -98,7 +98,7 @@ def _table(facts: dict[str, Any]) -> str:
     for number, level in enumerate(facts["levels"]):
         text = f"{level['width_px']:,} x {level['height_px']:,} px, 1/{level['downsample']:g}"
         rows.append((f"level {number}", f"{text}, tiles {level['tile_px'][0]} x {level['tile_px'][1]}"))
-    if facts["crs"]:
+    if facts["crs"] and "crs" not in facts["description"]:
         rows.append(("crs", _crs_name(facts["crs"])))
     rows += [(key, value) for key, value in facts["description"].items()]
     width = max(len(key) for key, _ in rows)
@@ -106,8 +106,9 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _mpp_text(mpp: dict[str, Any]) -> str:
-    sides = f"{mpp['x']:.4g}" if mpp["x"] == mpp["y"] else f"{mpp['x']:.4g} x {mpp['y']:.4g}"
-    return f"{sides} um per pixel ({mpp['source']})"
+    unit, scale = ("m", 1e-6) if mpp["x"] >= 1e4 else ("um", 1.0)
+    x, y = (f"{mpp[axis] * scale:.4g}" for axis in "xy")
+    return f"{x if x == y else f'{x} x {y}'} {unit} per pixel ({mpp['source']})"
 
 
 def _crs_name(wkt: str) -> str:

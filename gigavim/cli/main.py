@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import click
@@ -75,12 +77,18 @@ def main(arguments: list[str] | None = None) -> None:
     shown with -v.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(_run(arguments))
     except BrokenPipeError:
         # The reader of our output (`head`, say) has gone: silence Python's own complaint at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A polite request to end cleans up as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:

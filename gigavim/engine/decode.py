@@ -66,9 +66,10 @@ def decode_strips(
         else:
             labels = _adjacent(gather, decoder, grid, index)
         y = row * grid.stride_px
+        if y >= grid.frame.height_px:  # what is left only fills the last blocks
+            return
         labels = labels[: grid.frame.height_px - y, : grid.frame.width_px]
-        if labels.shape[0]:
-            yield LabelStrip(y, labels, int((index >= 0).sum()))
+        yield LabelStrip(y, labels, int((index >= 0).sum()))
 
 
 def _batches(gather: Gather, decoder: Decoder, slots: Tensor) -> Iterator[tuple[slice, Tensor]]:

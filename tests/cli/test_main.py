@@ -1,0 +1,54 @@
+"""The command line as a whole: help, errors, exit codes, what it imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gigavim.cli.main import COMMANDS
+
+
+def test_help_lists_every_command_and_the_exit_codes(run):
+    result = run("--help")
+    assert result.code == 0
+    assert all(name in result.out for name in COMMANDS)
+    assert "Exit codes" in result.out
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_each_command_has_help_with_an_example(run, name):
+    result = run(name, "--help")
+    assert result.code == 0
+    assert f"gigavim {name}" in result.out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["segment", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys\n"
+        "from gigavim.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'zarr', 'dask', 'numba', 'rasterio', 'openslide', 'skimage', 'scipy'}\n"
+        "sys.exit(' '.join(sorted(heavy & set(sys.modules))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(run):
+    import gigavim
+
+    assert run("--version").out.strip() == f"gigavim, version {gigavim.__version__}"
+
+
+def test_unknown_command_is_a_usage_error(run):
+    result = run("segmnt", "x.svs")
+    assert result.code == 2
+    assert "segmnt" in result.err
+
+
+def test_underscores_are_understood(run, make_slide, tiny_model):
+    path = make_slide()
+    assert run("segment", path, "--model", tiny_model, "--dry_run").code == 0
