@@ -116,6 +116,19 @@ def test_a_full_disk_is_an_error_and_not_a_crash(fallocate):
     assert "no room for a scratch file of 102 MB" in done.stdout
 
 
+@pytest.mark.parametrize("fallocate", [True, False])
+def test_disk_space_is_set_aside_before_it_is_written(tmp_path, monkeypatch, fallocate):
+    if not fallocate:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    size = (40 << 20) + 12
+    with (tmp_path / "scratch").open("w+b") as file:
+        sequence_module._reserve(file, size)
+        os.fsync(file.fileno())
+        status = os.fstat(file.fileno())
+    assert status.st_size == size
+    assert status.st_blocks * 512 >= size
+
+
 def test_more_memory_than_can_be_addressed_is_a_resource_error():
     with pytest.raises(ResourceError, match="use a larger mpp"):
         TokenSequence(2**50, 1024)
