@@ -1,5 +1,6 @@
 """Random blocks and scans, and the block computed in float64 by the specification."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -94,7 +95,7 @@ def swept(kernel: BlockKernel, stream: Tensor, cuts: list[int]) -> Tensor:
     """Apply a kernel to a copy of the stream (L, D), cut into chunks at the given places."""
     before, result = stream.clone(), stream.clone()
     bounds = [0, *cuts, len(stream)]
-    chunks = list(zip(bounds[:-1], bounds[1:]))
+    chunks = list(itertools.pairwise(bounds))
     padded = F.pad(before, (0, 0, kernel.halo, kernel.halo))
 
     def halos(start: int, stop: int) -> Iterator[Tensor]:

@@ -24,8 +24,9 @@ from gigavim_kernels.cpu.simd import LANES
 from gigavim_kernels.cpu.team import Team, share, team_of
 from gigavim_kernels.weights import BlockWeights, Branch, Direction
 
-TILE_ROWS = 512
-"""Rows of one matrix product: its operands stay in a core's second-level cache."""
+CACHED_ACTIVATIONS = 1 << 18
+"""Elements of the widest operand of a matrix product that stay in a core's second-level cache."""
+TILES_PER_THREAD = 2
 
 
 class CpuBlock:
@@ -44,7 +45,8 @@ class CpuBlock:
         self._stream_scale = block.stream_scale
         widths = [len(d.taps) for b in self._branches for d in b.directions]
         self.halo = max(widths) - 1
-        self.chunk = TILE_ROWS * max(2, self._team.threads)
+        self._tile = min(_tile_rows(b.in_proj_x.shape[1]) for b in self._branches)
+        self.chunk = TILES_PER_THREAD * self._tile * self._team.threads
 
     def zero_states(self, *, reverse: bool) -> States:
         """See `BlockKernel.zero_states`."""
@@ -65,7 +67,7 @@ class CpuBlock:
             for branch in self._branches:
                 directions = tuple(d for d in branch.directions if d.reverse)
                 if directions:
-                    chunk = _Chunk(self._team, branch, directions, 0, len(stream), self._product)
+                    chunk = _Chunk(self._team, branch, directions, 0, len(stream), self._tile)
                     chunk.project(padded_stream, self.halo, gated=False)
                     carried += chunk.scan([next(given) for _ in directions], outputs=False)
         return tuple(carried)
@@ -82,7 +84,7 @@ class CpuBlock:
             chunks = []
             for number, branch in enumerate(self._branches):
                 directions = branch.directions
-                chunk = _Chunk(self._team, branch, directions, number, len(stream), self._product)
+                chunk = _Chunk(self._team, branch, directions, number, len(stream), self._tile)
                 chunk.project(padded_stream, self.halo, gated=True)
                 last = chunk.scan([next(given[d.reverse]) for d in directions], outputs=True)
                 carried += [s for s, d in zip(last, directions) if not d.reverse]
@@ -99,12 +101,12 @@ class CpuBlock:
     def _add_outputs(self, stream: Tensor, chunks: list["_Chunk"]) -> None:
         columns = stream.shape[1]
         buffers = [
-            self._team.buffer(f"added{w}", TILE_ROWS, columns, self._product)
+            self._team.buffer(f"added{w}", self._tile, columns, self._product)
             for w in range(self._team.threads)
         ]
 
         def work(worker: int) -> None:
-            for start, stop in _tiles(len(stream), worker, self._team.threads):
+            for start, stop in _tiles(len(stream), self._tile, worker, self._team.threads):
                 rows = stream[start:stop]
                 if self._stream_scale != 1:
                     rows.mul_(self._stream_scale)
@@ -157,11 +159,11 @@ class _Chunk:
         directions: tuple[_Direction, ...],
         number: int,
         tokens: int,
-        product: torch.dtype,
+        tile: int,
     ) -> None:
         self.branch = branch
-        self._team, self._directions, self._tokens = team, directions, tokens
-        self._product = product
+        self._team, self._directions, self._tokens, self._tile = team, directions, tokens, tile
+        product = self._product = branch.in_proj_x.dtype
         self._width = branch.in_proj_x.shape[1]
         rows, width = tokens, self._width
         self.y = team.buffer(f"y{number}", rows, width, product)
@@ -176,7 +178,7 @@ class _Chunk:
         """Fill the scans' inputs from the stream (halo + T + halo, D)."""
 
         def work(worker: int) -> None:
-            for start, stop in _tiles(self._tokens, worker, self._team.threads):
+            for start, stop in _tiles(self._tokens, self._tile, worker, self._team.threads):
                 self._project_tile(worker, padded_stream, halo, start, stop, gated)
 
         self._team.run(work)
@@ -214,7 +216,9 @@ class _Chunk:
             if self._product == torch.float32:
                 torch.mm(c[start:stop], direction.x_proj, out=target)
             else:
-                halves = self._team.buffer(f"q{worker}", *target.shape, self._product)
+                halves = self._team.buffer(
+                    f"q{worker}", len(target), target.shape[1], self._product
+                )
                 target.copy_(torch.mm(c[start:stop], direction.x_proj, out=halves))
 
     def scan(self, states: list[Tensor], *, outputs: bool) -> list[Tensor]:
@@ -247,10 +251,16 @@ class _Chunk:
         ]
 
 
-def _tiles(tokens: int, worker: int, workers: int) -> Iterator[tuple[int, int]]:
+def _tile_rows(width: int) -> int:
+    """Return the rows of one matrix product, a power of two: too few and the product is slow."""
+    fitting = 1 << (CACHED_ACTIVATIONS // width).bit_length() - 1
+    return max(256, min(1024, fitting))
+
+
+def _tiles(tokens: int, rows: int, worker: int, workers: int) -> Iterator[tuple[int, int]]:
     """Yield the pieces of a chunk that fall to a worker; their bounds do not depend on workers."""
-    for start in range(worker * TILE_ROWS, tokens, workers * TILE_ROWS):
-        yield start, min(start + TILE_ROWS, tokens)
+    for start in range(worker * rows, tokens, workers * rows):
+        yield start, min(start + rows, tokens)
 
 
 def _bits(tensor: Tensor) -> Any:

@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
-from gigavim_kernels.cpu.simd import LANES, Rows, Simd, Value, jit
+from gigavim_kernels.cpu.simd import LANES, Rows, Simd, Value, intrinsic, jit
 
 _TILE = 32
 

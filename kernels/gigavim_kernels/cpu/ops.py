@@ -15,7 +15,7 @@ STATE_MULTIPLE = 8
 
 
 def padded(tensor: Tensor, dim: int, multiple: int) -> Tensor:
-    """Return a contiguous float32 copy whose size along a dim is raised to a multiple, with zeros."""
+    """Return a contiguous float32 copy, its size along a dim raised to a multiple with zeros."""
     dim %= tensor.ndim
     missing = -tensor.shape[dim] % multiple
     widths = [0, 0] * (tensor.ndim - 1 - dim) + [0, missing]
@@ -37,8 +37,7 @@ def selective_scan(
     reverse: bool = False,
 ) -> ScanResult:
     """Compute what `naive.selective_scan` specifies, in float32 and without gradients."""
-    batch, length, channels = x.shape
-    states = A.shape[1]
+    batch, channels, states = x.shape[0], x.shape[2], A.shape[1]
     bias = torch.zeros(channels) if dt_bias is None else dt_bias.float()
     first = torch.zeros(batch, channels, states) if state is None else state
     A2 = padded(padded(A.T * math.log2(math.e), 1, LANES), 0, STATE_MULTIPLE)  # (N, E)

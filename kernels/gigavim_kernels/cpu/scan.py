@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
-from gigavim_kernels.cpu.simd import LANES, Rows, Simd, Value, jit, optional_rows
+from gigavim_kernels.cpu.simd import LANES, Simd, Value, intrinsic, jit, matrices
 
 TILE = 32
 _UNROLL = 4  # tokens that share a load of the dt weights
@@ -38,8 +37,8 @@ def _steps(
 ) -> Any:
     """Fill a tile: steps = softplus(dt), drive = steps * x, skip = D * x; return the largest step.
 
-    Without y no outputs are wanted, and `skip` stays as it is. dt holds (rows, rank) to be multiplied by dt_weight (rank, channels), or the product itself
-    where dt_weight is None.
+    dt holds (rows, rank) to be multiplied by dt_weight (rank, channels), or the product itself
+    where dt_weight is None. Where y is None no outputs are wanted, and `skip` stays as it is.
     """
     kinds = (
         steps, drive, skip, x, dt, dt_weight, dt_bias, D, y, first, count, stride, rank, column
@@ -47,10 +46,9 @@ def _steps(
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Value:
         simd = Simd(context, builder)
-        arrays = [optional_rows(simd, k, v) for k, v in zip(kinds[:9], values[:9])]
+        arrays = matrices(simd, kinds[:9], values[:9])
         steps, drive, skip, x, dt, dt_weight, dt_bias, D, y = arrays
         first, count, stride, rank, column = values[9:]
-        assert steps and drive and skip and x and dt and dt_bias
         zero = simd.index(0)
         bias = dt_bias.load(zero, column)
         D_row = D.load(zero, column) if D else None
@@ -117,10 +115,9 @@ def _recur(
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Value:
         simd = Simd(context, builder)
-        arrays = [optional_rows(simd, k, v) for k, v in zip(kinds[:8], values[:8])]
+        arrays = matrices(simd, kinds[:8], values[:8])
         state, steps, drive, out, A2, B, C, y = arrays
         first, count, stride, column, start, _, bounded = values[8:]
-        assert state and steps and drive and out and A2 and B and C
         rows = [builder.add(start, simd.index(n)) for n in range(block.count)]
         zero = simd.index(0)
 
@@ -172,9 +169,8 @@ def _finish(
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Value:
         simd = Simd(context, builder)
-        y, out, others, z = (optional_rows(simd, k, v) for k, v in zip(kinds[:4], values[:4]))
+        y, out, others, z = matrices(simd, kinds[:4], values[:4])
         first, count, stride, column = values[4:]
-        assert y and out
         with simd.loop(count) as i:
             token = builder.add(first, builder.mul(i, stride))
             row = out.load(i, simd.index(0))
@@ -252,8 +248,8 @@ def scan_channels(
 
 
 def state_block(states: int) -> tuple[int, ...]:
-    """Return the tuple that tells `scan_channels` how many of N states (a multiple of 8) to block."""
+    """Return the tuple that tells `scan_channels` how many of N states to block.
+
+    N is a multiple of 8.
+    """
     return tuple(range(16 if states % 16 == 0 else 8))
-
-
-__all__ = ["Rows", "scan_channels", "state_block"]

@@ -3,27 +3,30 @@
 LLVM maps <16 x float> to one AVX-512, two AVX or four NEON registers, so one source serves every
 processor, and the compiler's own choice of a vector width plays no part.
 
-Arrays of uint16 hold the bits of bfloat16: loads widen them to float32, stores round to nearest even.
+Arrays of uint16 hold the bits of bfloat16: loads widen them to float32, stores round them to the
+nearest, ties to even.
 
 The exponential rounds its argument by adding and subtracting 1.5 * 2^23. Reassociation would fold
 that away without a word, so no operation here carries the flags that allow it, nor those that
 assume NaN away.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
+from numba import extending, types
+from numba.core import cgutils as untyped_cgutils
 
 LANES = 16
 
 Value = Any
 """An LLVM value."""
+
+cgutils: Any = untyped_cgutils
 
 _FLAGS = ("nsz", "contract")
 _FLOAT, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -58,6 +61,11 @@ def jit(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # numba finds no writable folder
         return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Let compiled functions call what `function` generates; see `numba.extending.intrinsic`."""
+    return extending.intrinsic(function)
 
 
 class Simd:
@@ -258,6 +266,9 @@ class Rows:
         return b.inttoptr(b.add(self._base, offset), kind.as_pointer())
 
 
-def optional_rows(simd: Simd, kind: Any, value: Value) -> Rows | None:
-    """Return the rows of an argument, or None where the argument is None."""
-    return None if isinstance(kind, types.NoneType) else Rows(simd, kind, value)
+def matrices(simd: Simd, kinds: Sequence[Any], values: Sequence[Value]) -> list[Any]:
+    """Return the `Rows` of arguments, None for those that are None."""
+    return [
+        None if isinstance(kind, types.NoneType) else Rows(simd, kind, value)
+        for kind, value in zip(kinds, values)
+    ]
