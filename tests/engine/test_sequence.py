@@ -1,4 +1,5 @@
-import resource
+import mmap
+import os
 import subprocess
 import sys
 import textwrap
@@ -151,7 +152,7 @@ def mapped_bytes():
     statm = Path("/proc/self/statm")
     if not statm.exists():
         pytest.skip("needs /proc")
-    return int(statm.read_text().split()[2]) * resource.getpagesize()
+    return int(statm.read_text().split()[2]) * mmap.PAGESIZE
 
 
 @pytest.mark.gpu
