@@ -3,29 +3,29 @@
 import math
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
+
 from painting.aerial_land import (
     BLOCK_PX,
+    FIELD,
     FOREST,
-    LAND,
     ROAD,
     SUN_X,
     SUN_Y,
     VEGETATION,
     VILLAGE,
-    WATER,
     block_use,
     paint_land,
     river_px,
     warp,
 )
 from painting.noise import compiled, hash_cell, perlin, smoothstep, uniform
-from scipy.ndimage import gaussian_filter
 
 METRES_PER_PX = 0.3
 MIN_SIZE_PX = 256
 REGION_PX = 1024
 CRS = "EPSG:32633"
-ORIGIN_EASTING_NORTHING = (390_000.0, 5_820_000.0)
+ORIGIN_EASTING_NORTHING = (412_000.0, 5_868_000.0)
 
 _MARGIN_PX = 48  # a crown with its shadow that reaches in from outside
 _TREE_PITCH_PX = 21.0
@@ -62,12 +62,12 @@ def _find_trees(x0: int, y0: int, label: np.ndarray, seed: int) -> np.ndarray:
             edge = abs(v - np.floor(v / BLOCK_PX + 0.5) * BLOCK_PX)
             edge = min(edge, abs(u - np.floor(u / BLOCK_PX + 0.5) * BLOCK_PX))
             grove = perlin(x / 260.0, y / 260.0, key + 2)
-            likely = 0.02
+            likely = 0.002 if use == FIELD else 0.02
             if use == FOREST:
                 likely = 0.96 if grove > -0.45 else 0.25
             elif use == VILLAGE:
                 likely = 0.20 + 0.2 * grove
-            elif grove > 0.42:
+            elif use != FIELD and grove > 0.42:
                 likely = 0.5
             if edge < 34.0 and grove > 0.05:
                 likely = max(likely, 0.55)
@@ -111,7 +111,7 @@ def _paint_trees(x0: int, y0: int, trees: np.ndarray, rgb: np.ndarray, label: np
                     )
                     lit = 0.88 + 0.42 * (dx * SUN_X + dy * SUN_Y) + 0.30 * leaf - 0.18 * d * d
                     for c in range(3):
-                        green = (70.0 + 34.0 * hue, 92.0 + 20.0 * hue, 58.0 + 10.0 * hue)[c]
+                        green = (84.0 + 36.0 * hue, 110.0 + 20.0 * hue, 68.0 + 10.0 * hue)[c]
                         rgb[j, i, c] += cover * (green * max(lit, 0.3) - rgb[j, i, c])
                     if d < 0.97:
                         label[j, i] = VEGETATION
@@ -153,7 +153,7 @@ def _expose(x0: int, y0: int, rgb: np.ndarray, seed: int, out: np.ndarray) -> No
     height, width = out.shape[:2]
     for j in range(height):
         for i in range(width):
-            bits = np.uint64(hash_cell(x0 + i, y0 + j, seed + 9000))
+            bits = hash_cell(x0 + i, y0 + j, seed + 9000)
             cloud = 1.0 + 0.04 * perlin((x0 + i) / 3000.0, (y0 + j) / 3000.0, seed + 9001)
             for c in range(3):
                 low = float((bits >> np.uint64(16 * c)) & np.uint64(255))

@@ -7,6 +7,7 @@ warped coordinates (u, v), and gently curved on the ground.
 import math
 
 import numpy as np
+
 from painting.noise import compiled, fbm, perlin, smoothstep, uniform
 
 BUILDING, LAND, ROAD, VEGETATION, WATER = range(1, 6)
@@ -44,8 +45,8 @@ _ROOF = np.array(
 @compiled
 def warp(x: float, y: float, seed: int) -> tuple[float, float]:
     """Street coordinates (u, v) of a ground position."""
-    u = x + 95.0 * fbm(x / 1700.0, y / 1700.0, 2, seed + 11) + 240.0
-    v = y + 95.0 * fbm(x / 1700.0, y / 1700.0, 2, seed + 23) + 330.0
+    u = x + 130.0 * perlin(x / 2100.0, y / 2100.0, seed + 11) + 240.0
+    v = y + 130.0 * perlin(x / 2100.0, y / 2100.0, seed + 23) + 330.0
     return u, v
 
 
@@ -53,7 +54,7 @@ def warp(x: float, y: float, seed: int) -> tuple[float, float]:
 def river_px(x: float, y: float, seed: int) -> float:
     """Distance to the nearest river's bank in pixels, negative on water."""
     v = y + 330.0 * fbm(x / 1500.0, y / 5200.0, 2, seed + 31)
-    middle = (np.floor((v - 1900.0) / _RIVER_PITCH_PX + 0.5)) * _RIVER_PITCH_PX + 1900.0
+    middle = float(np.floor((v - 1900.0) / _RIVER_PITCH_PX + 0.5)) * _RIVER_PITCH_PX + 1900.0
     half = 62.0 + 26.0 * perlin(x / 700.0, 0.5, seed + 37)
     return abs(v - middle) - half + 5.0 * fbm(x / 40.0, y / 40.0, 2, seed + 41)
 
@@ -91,11 +92,9 @@ def building(u: float, v: float, use: int, seed: int) -> tuple[bool, float, floa
     (-1 to 1), its lot (for its colours), and its height as shadow length in pixels.
     """
     halls = use == HALLS
-    column, row, cu, cv, wide, deep = _lot(u, v, halls)
-    inner = cu - np.floor(cu / BLOCK_PX) * BLOCK_PX
+    column, row, cu, cv, wide, _deep = _lot(u, v, halls)
+    inner = cu - np.floor(u / BLOCK_PX) * BLOCK_PX
     if uniform(column, row, seed + 61) > (0.8 if halls else 0.86) or inner > BLOCK_PX - 0.5 * wide:
-        return False, 0.0, 0.0, column, row, 0.0
-    if river_px(cu - 240.0, cv - 330.0, seed) < 150.0:
         return False, 0.0, 0.0, column, row, 0.0
     a, b = uniform(column, row, seed + 67), uniform(column, row, seed + 71)
     if halls:
@@ -107,7 +106,10 @@ def building(u: float, v: float, use: int, seed: int) -> tuple[bool, float, floa
         cv += front * (10.0 + 8.0 * uniform(column, row, seed + 73))
         cu += 8.0 * (b - 0.5)
     s, t = (u - cu) / half_u, (v - cv) / half_v
-    return abs(s) < 1.0 and abs(t) < 1.0, s, t, column, row, tall
+    inside = abs(s) < 1.0 and abs(t) < 1.0
+    if inside and river_px(cu - 240.0, cv - 330.0, seed) < 150.0:  # nobody builds on the bank
+        inside = False
+    return inside, s, t, column, row, tall
 
 
 @compiled
@@ -245,12 +247,14 @@ def paint_land(x0: int, y0: int, seed: int, rgb: np.ndarray, label: np.ndarray) 
     """Fill `rgb` (h, w, 3) and `label` (h, w) with everything but trees and cars."""
     height, width = label.shape
     colour = np.zeros(3)
+    last_column, last_row, use = 0, 0, block_use(0, 0, seed)
     for j in range(height):
         for i in range(width):
             x, y = float(x0 + i), float(y0 + j)
             u, v = warp(x, y, seed)
             column, row = int(np.floor(u / BLOCK_PX)), int(np.floor(v / BLOCK_PX))
-            use = block_use(column, row, seed)
+            if column != last_column or row != last_row:
+                last_column, last_row, use = column, row, block_use(column, row, seed)
             across, half, along = _street(u, v, use, seed)
             water = river_px(x, y, seed)
             shade = 1.0

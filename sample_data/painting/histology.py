@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+
 from painting.nuclei import find_nuclei, paint_nuclei
 from painting.optics import absorb, photograph
 from painting.structures import find_structures, paint_structures
@@ -49,8 +50,8 @@ def plan_slide(width: int, height: int, seed: int) -> SlidePlan:
             (
                 (i + 0.5 + rng.uniform(-0.05, 0.05)) * cell_w,
                 (j + 0.5 + rng.uniform(-0.05, 0.05)) * cell_h,
-                0.42 * cell_w * rng.uniform(0.9, 1.1),
-                0.38 * cell_h * rng.uniform(0.9, 1.1),
+                0.46 * cell_w * rng.uniform(0.9, 1.1),
+                0.43 * cell_h * rng.uniform(0.9, 1.1),
                 rng.uniform(-0.35, 0.35),
                 rng.uniform(0.0, np.pi),
             )

@@ -24,12 +24,15 @@ _GRADIENT_Y = np.sin(np.arange(16) * np.pi / 8)
 
 
 def compiled(function: Function) -> Function:
-    """`numba.njit` with a cache and without the GIL, keeping the function's type."""
-    return cast(Function, numba.njit(cache=True, nogil=True)(function))
+    """`numba.njit` without the GIL, keeping the function's type.
+
+    Not cached on disk: numba would not notice a change in a function that another file calls.
+    """
+    return cast(Function, numba.njit(nogil=True)(function))
 
 
 @compiled
-def hash_cell(x: int, y: int, seed: int) -> int:
+def hash_cell(x: int, y: int, seed: int) -> np.uint64:
     """64 well-mixed bits of an integer cell."""
     mixed = np.uint64(x) * _MIX_X ^ np.uint64(y) * _MIX_Y ^ np.uint64(seed) * _MIX_SEED
     mixed = (mixed ^ (mixed >> _SHIFT)) * _MIX_LAST
@@ -40,13 +43,14 @@ def hash_cell(x: int, y: int, seed: int) -> int:
 @compiled
 def uniform(x: int, y: int, seed: int) -> float:
     """A number in [0, 1) that belongs to an integer cell."""
-    return float(np.uint64(hash_cell(x, y, seed)) >> _TO_UNIT) * (1.0 / 9007199254740992.0)
+    bits = hash_cell(x, y, seed) >> _TO_UNIT
+    return float(bits) * (1.0 / 9007199254740992.0)
 
 
 @compiled
 def _corner(x: int, y: int, seed: int, dx: float, dy: float) -> float:
-    i = np.uint64(hash_cell(x, y, seed)) >> _TO_SIXTEEN
-    return _GRADIENT_X[i] * dx + _GRADIENT_Y[i] * dy
+    i = hash_cell(x, y, seed) >> _TO_SIXTEEN
+    return float(_GRADIENT_X[i] * dx + _GRADIENT_Y[i] * dy)
 
 
 @compiled

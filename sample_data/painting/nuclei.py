@@ -8,6 +8,7 @@ radius, and how vesicular (0: clumped and dark, 1: pale with a rim and a nucleol
 import math
 
 import numpy as np
+
 from painting.noise import compiled, perlin, smoothstep, uniform
 from painting.structures import CELL_WIDTH_PX, epithelium_px, outline_px
 from painting.tissue import (
@@ -52,7 +53,7 @@ def _stroma_nucleus(
         row[7] = 0.15
     else:
         row[2] = 10.5 + 1.5 * _spread(i, j, key + 21)
-        row[3] = 3.5 + 1.2 * uniform(i, j, key + 24) + 1.3 * loose * uniform(i, j, key + 27)
+        row[3] = 2.9 + 1.1 * uniform(i, j, key + 24) + 1.3 * loose * uniform(i, j, key + 27)
         row[4] = angle + 0.22 * _spread(i, j, key + 28)
         row[5] = 0.80 + 0.14 * _spread(i, j, key + 26)
         row[7] = 0.35

@@ -3,13 +3,14 @@
 import math
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
+
 from painting.noise import compiled, fbm, hash_cell, perlin, smoothstep
 from painting.tissue import FOCUS, TINT
-from scipy.ndimage import gaussian_filter
 
 # Optical density (base 10) of haematoxylin, eosin and red blood cells in R, G, B per unit of
 # density; the first two between Ruifrok & Johnston (2001) and Macenko et al. (2009).
-STAIN_OD = np.array([[0.60, 0.72, 0.35], [0.17, 0.83, 0.49], [0.20, 0.78, 0.60]])
+STAIN_OD = np.array([[0.60, 0.72, 0.35], [0.16, 0.82, 0.54], [0.20, 0.78, 0.60]])
 PEN_OD = np.array([0.95, 0.42, 0.22])
 GLASS_RGB = np.array([243.0, 242.0, 243.0])
 
@@ -17,7 +18,7 @@ GLASS_RGB = np.array([243.0, 242.0, 243.0])
 @compiled
 def _bytes_near(key: int) -> float:
     """A cheap bell-shaped number of standard deviation 1 from the bits of one hash."""
-    bits = np.uint64(hash_cell(key, 3, 5))
+    bits = hash_cell(key, 3, 5)
     total = 0.0
     for i in range(4):
         total += float((bits >> np.uint64(8 * i)) & np.uint64(255))

@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import imagecodecs
 import numpy as np
 
+from painting.bands import Render, render_bands
+
 TILE_PX = 256
 LEVEL_STEP = 4
 SMALLEST_LEVEL_PX = 1024  # no further level once the longer side is within this
-
-# (x, y, width, height) -> pixels (height, width, 3) uint8, labels (height, width) uint8
-Render = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]
 
 
 def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
@@ -29,7 +28,8 @@ def shrink(rows: np.ndarray) -> np.ndarray:
     cut = rows[: height * LEVEL_STEP, : width * LEVEL_STEP]
     blocks = cut.reshape(height, LEVEL_STEP, width, LEVEL_STEP, 3)
     total = blocks.sum(axis=(1, 3), dtype=np.uint16)
-    return ((total + LEVEL_STEP**2 // 2) // LEVEL_STEP**2).astype(np.uint8)
+    mean: np.ndarray = ((total + LEVEL_STEP**2 // 2) // LEVEL_STEP**2).astype(np.uint8)
+    return mean
 
 
 def jpeg_tile(rows: np.ndarray, x: int, quality: int) -> bytes:
@@ -105,11 +105,15 @@ class PyramidStream:
 
         Everything else is complete once the last tile is out, even if nobody asks for more.
         """
-        height = self.sizes[0][1]
+        width, height = self.sizes[0]
+        bands = render_bands(
+            self._render, width, height, band_px=self._region_px, progress=self._progress
+        )
         levels = [_Level(w, h) for w, h in self.sizes]
         with ThreadPoolExecutor() as pool:
-            for y in range(0, height, self._region_px):
-                band = smaller = self._band(pool, y)
+            for _, band, labels in bands:
+                self._keep_labels(pool, labels)
+                smaller = band
                 for level, tiles in zip(levels[1:], self.reduced):
                     smaller = shrink(smaller)
                     for rows in level.push(smaller):
@@ -128,22 +132,7 @@ class PyramidStream:
         xs = range(0, rows.shape[1], TILE_PX)
         return list(pool.map(lambda x: jpeg_tile(rows, x, self._quality), xs))
 
-    def _band(self, pool: ThreadPoolExecutor, y: int) -> np.ndarray:
-        """Render the next band (h, width, 3) and keep its labels, compressed."""
-        width, height = self.sizes[0]
-        tall = min(self._region_px, height - y)
-        xs = range(0, width, self._region_px)
-        jobs = [pool.submit(self._render, x, y, min(self._region_px, width - x), tall) for x in xs]
-        band = np.empty((tall, width, 3), dtype=np.uint8)
-        labels = np.empty((tall, width), dtype=np.uint8)
-        for x, job in zip(xs, jobs):
-            pixels, label = job.result()
-            band[:, x : x + pixels.shape[1]] = pixels
-            labels[:, x : x + pixels.shape[1]] = label
-            self._progress(label.size)
-        for row in range(0, tall, TILE_PX):
-            rows = labels[row : row + TILE_PX]
-            self.label_tiles += pool.map(
-                lambda x, r=rows: deflate_tile(r, x), range(0, width, TILE_PX)
-            )
-        return band
+    def _keep_labels(self, pool: ThreadPoolExecutor, labels: np.ndarray) -> None:
+        for y in range(0, labels.shape[0], TILE_PX):
+            xs = range(0, labels.shape[1], TILE_PX)
+            self.label_tiles += pool.map(deflate_tile, [labels[y : y + TILE_PX]] * len(xs), xs)

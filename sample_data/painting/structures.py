@@ -7,6 +7,7 @@ of its own details.
 import math
 
 import numpy as np
+
 from painting.noise import compiled, fbm, perlin, smoothstep, uniform
 from painting.tissue import (
     BLOOD,

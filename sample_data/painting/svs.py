@@ -6,11 +6,13 @@ description are the label and the macro image.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
-from painting.pyramid import TILE_PX, PyramidStream
 from PIL import Image, ImageDraw
+
+from painting.pyramid import TILE_PX, PyramidStream
 
 LIBRARY = "Aperio Image Library v12.0.15"
 BIGTIFF_FROM_PX = 4_000_000_000
@@ -86,9 +88,9 @@ def write_label_map(path: Path, tiles: list[bytes], *, width: int, height: int, 
     )
 
 
-def _jpeg(*, tiled: bool) -> dict[str, object]:
+def _jpeg(*, tiled: bool) -> dict[str, Any]:
     """The options that all JPEG pages share."""
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "photometric": "ycbcr",
         "compression": "jpeg",
         "compressionargs": {"level": 85},

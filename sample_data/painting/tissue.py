@@ -7,6 +7,7 @@ level-0 pixels of 0.5 micrometres.
 import math
 
 import numpy as np
+
 from painting.noise import compiled, fbm, perlin, smoothstep, uniform
 
 GLASS, STROMA, FAT_RIM, VACUOLE, GLAND, LUMEN, FOLLICLE, VESSEL, BLOOD = range(9)
