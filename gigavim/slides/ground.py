@@ -43,7 +43,7 @@ def _geodesic(crs: "CRS", transform: Affine, x: float, y: float) -> Mpp | None:
     from rasterio.errors import RasterioError
     from rasterio.warp import transform as to_crs
 
-    points = [transform * (x, y), transform * (x + 1, y), transform * (x, y + 1)]
+    points = [transform @ (x, y), transform @ (x + 1, y), transform @ (x, y + 1)]
     try:
         lon, lat = to_crs(crs, "EPSG:4326", [p[0] for p in points], [p[1] for p in points])[:2]
     except (RasterioError, ValueError):
