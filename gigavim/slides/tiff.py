@@ -18,6 +18,7 @@ import tifffile
 from gigavim.errors import CorruptSlideError, TileReadError, UnsupportedSlideError
 from gigavim.frames import Bounds, Mpp
 from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide, level_downsample
+from gigavim.slides.buffers import BufferPool
 from gigavim.slides.cache import TileCache
 from gigavim.slides.handles import FileBytes, ThreadHandles
 from gigavim.slides.mpp import choose_mpp, from_description, from_ome, from_resolution
@@ -73,6 +74,7 @@ class TiffSlide(Slide):
         finest = structure.levels[0]
         self._files = ThreadHandles[FileBytes](lambda: FileBytes(path))
         self._cache = TileCache()
+        self._buffers = BufferPool()
         self._decoders = [
             [_decoder(plane, level.raw_dtype, structure.bands_per_plane) for plane in level.planes]
             for level in structure.levels
@@ -109,29 +111,31 @@ class TiffSlide(Slide):
         """Close the file."""
         self._files.close()
         self._cache.clear()
+        self._buffers.clear()
         self._tiff.close()
 
     def _read_inside(self, level: int, x: int, y: int, width: int, height: int) -> RGB:
         table = self._structure.levels[level]
         wide, high = table.segment_width, table.segment_height
-        out = np.empty((height, width, 3), np.uint8)
+        out = self._buffers.empty(height, width)
         for row in range(y // high, (y + height - 1) // high + 1):
             for column in range(x // wide, (x + width - 1) // wide + 1):
                 left, upper = column * wide, row * high
                 right, lower = min(left + wide, table.width), min(upper + high, table.height)
                 x0, x1 = max(left, x), min(right, x + width)
                 y0, y1 = max(upper, y), min(lower, y + height)
-                whole = (x0, y0, x1, y1) == (left, upper, right, lower)
-                tile = self._tile(level, row * table.columns + column, keep=not whole)
+                use_px, whole_px = (x1 - x0) * (y1 - y0), (right - left) * (lower - upper)
+                tile = self._tile(level, row * table.columns + column, use_px, whole_px)
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
                     y0 - upper : y1 - upper, x0 - left : x1 - left
                 ]
         return out
 
-    def _tile(self, level: int, index: int, *, keep: bool) -> RGB:
+    def _tile(self, level: int, index: int, use_px: int, whole_px: int) -> RGB:
+        """Return a tile of whose `whole_px` pixels `use_px` are used; if not all, it stays."""
         key = (level, index)
-        if keep:
-            return self._cache.get(key, lambda: self._decode(level, index))
+        if use_px < whole_px:
+            return self._cache.get(key, lambda: self._decode(level, index), use_px, whole_px)
         tile = self._cache.find(key)
         return tile if tile is not None else self._decode(level, index)
 
