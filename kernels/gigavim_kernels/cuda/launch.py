@@ -1,0 +1,20 @@
+"""What every kernel launch needs."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one: Triton launches there."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def options(warps: int) -> dict[str, Any]:
+    """Launch options: products and sums may fuse, as every tolerance of the tests allows."""
+    return {"num_warps": warps, "enable_fp_fusion": True}

@@ -1,0 +1,157 @@
+"""The forward scan of one or both directions: what launches the kernels of `scan_kernels`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gigavim_kernels.cuda import scan_kernels
+from gigavim_kernels.cuda.launch import on_device_of, options
+from gigavim_kernels.cuda.plan import ScanPlan, multiprocessors, plan_scan
+
+COMBINE_CHANNELS = 128
+COMBINE_UNROLL = 8
+
+
+class Scanned(NamedTuple):
+    """What `scan` returns."""
+
+    y: Tensor
+    """(B, L, E) in the dtype of x: the sum over the directions, gated where z was given."""
+    last: Tensor
+    """(S, B, E, N) float32, the state after the last token in scan order."""
+    decay: Tensor
+    """(S, B, E, N) float32, exp(A * sum of steps)."""
+    starts: Tensor | None
+    """(S, B, K, N, E) float32, the states at which chunks are entered; None if there is one."""
+    plan: ScanPlan
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    first: Tensor | None = None,
+    *,
+    reverse: Sequence[bool],
+    chunk: int | None = None,
+) -> Scanned:
+    """Scan S directions and add their outputs: see `naive.selective_scan` for the terms.
+
+    Args:
+        x, dt: (S, B, L, E); B, C: (S, B, L, N); z: (B, L, E), the gate of the sum. Any floating
+            dtype, any strides as long as the last dimension is contiguous.
+        A: (S, E, N); D, dt_bias: (S, E); first: (S, B, E, N). Contiguous float32.
+        reverse: for each direction, whether it scans from the last token to the first.
+        chunk: tokens per chunk; chosen by size if absent.
+    """
+    directions, batch, length, channels = x.shape
+    states = A.shape[-1]
+    y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
+    last = A.new_empty(directions, batch, channels, states)
+    if last.numel() == 0 or length == 0:
+        last = last.zero_() if first is None else first.clone()
+        plan = plan_scan(batch, length, channels, states, multiprocessors=1, chunk=1)
+        return Scanned(y, last, torch.ones_like(last), None, plan)
+    decay = torch.empty_like(last)
+    plan = _plan(x, states, chunk)
+    starts = None
+    if plan.chunks > 1:
+        starts = enter_chunks(x, dt, A, B, dt_bias, first, last, decay, reverse, plan)
+    with on_device_of(x):
+        scan_kernels.chunk_outputs[(batch * plan.chunks * plan.blocks_e,)](
+            x, dt, A, B, C, D, z, dt_bias, starts, first, last, decay, y,
+            length, batch, plan.chunk, plan.chunks,
+            *x.stride()[:3], *dt.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+            *((0, 0) if z is None else z.stride()[:2]),
+            reverse_bits(reverse),
+            S=directions, E=channels, N=states, BE=plan.block_e, U=plan.unroll,
+            WHOLE=plan.chunks == 1, **options(1),
+        )  # fmt: skip
+    return Scanned(y, last, decay, starts, plan)
+
+
+def scan_states(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None = None,
+    first: Tensor | None = None,
+    *,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """Return the last states of `scan`, (S, B, E, N), without its outputs."""
+    directions, batch, length, channels = x.shape
+    last = A.new_empty(directions, batch, channels, A.shape[-1])
+    if last.numel() == 0 or length == 0:
+        return last.zero_() if first is None else first.clone()
+    plan = _plan(x, A.shape[-1], None)
+    enter_chunks(x, dt, A, B, dt_bias, first, last, None, reverse, plan)
+    return last
+
+
+def enter_chunks(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None,
+    first: Tensor | None,
+    last: Tensor,
+    decay: Tensor | None,
+    reverse: Sequence[bool],
+    plan: ScanPlan,
+) -> Tensor:
+    """Return the states at which all chunks are entered (S, B, K, N, E); fill last and decay."""
+    directions, batch, length, channels = x.shape
+    states = A.shape[-1]
+    ends = A.new_empty(directions, batch, plan.chunks, states, channels)
+    sums = A.new_empty(directions, batch, plan.chunks, channels)
+    with on_device_of(x):
+        scan_kernels.chunk_ends[(directions * batch * plan.chunks * plan.blocks_e,)](
+            x, dt, A, B, dt_bias, ends, sums,
+            length, batch, plan.chunk, plan.chunks,
+            *x.stride()[:3], *dt.stride()[:3], *B.stride()[:3],
+            reverse_bits(reverse),
+            E=channels, N=states, BE=plan.block_e, U=plan.unroll, **options(1),
+        )  # fmt: skip
+    combine(ends, sums, A, first, last, decay, reverse)
+    return ends
+
+
+def combine(
+    ends: Tensor,
+    sums: Tensor,
+    A: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    decay: Tensor | None,
+    reverse: Sequence[bool],
+) -> None:
+    """Turn the chunks' end states into the states at which they are entered, in place."""
+    directions, batch, chunks, states, channels = ends.shape
+    blocks = -(-channels // COMBINE_CHANNELS)
+    with on_device_of(ends):
+        scan_kernels.combine[(directions * batch * states * blocks,)](
+            ends, sums, A, first, last, decay, batch, chunks, reverse_bits(reverse),
+            E=channels, N=states, BE=COMBINE_CHANNELS, U=COMBINE_UNROLL, **options(4),
+        )  # fmt: skip
+
+
+def reverse_bits(reverse: Sequence[bool]) -> int:
+    """Bit s is set if direction s is reversed."""
+    return sum(1 << s for s, r in enumerate(reverse) if r)
+
+
+def _plan(x: Tensor, states: int, chunk: int | None) -> ScanPlan:
+    _, batch, length, channels = x.shape
+    return plan_scan(
+        batch, length, channels, states, multiprocessors=multiprocessors(x.device), chunk=chunk
+    )

@@ -1,0 +1,273 @@
+"""The selective scan, forward, in three launches.
+
+1. `chunk_ends`: every chunk from a state of zero: its end state and its sum of steps.
+2. `combine`: the state at which every chunk is entered, from those and the initial state.
+3. `chunk_outputs`: outputs from known states; both directions, their sum and the gate at once.
+
+Only tokens within a chunk are in sequence; a single chunk needs the last launch alone.
+
+Sizes: S directions, B batch, L tokens, K chunks, E channels, N states. Names: p_ pointer, i_ index
+of a program, o_ offset, m_ mask, s_ stride between directions (s), sequences (b), tokens (t).
+Offsets along the sequence are 64 bits wide. Bit s of `reverse` is set if direction s scans from the
+last token to the first; chunks are numbered in token order either way.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from gigavim_kernels.cuda.arithmetic import (
+    LOG2_E,
+    advance,
+    exponents,
+    load_states,
+    project,
+    row,
+    sigmoid,
+    step_size,
+    store_states,
+    zeros,
+)
+
+
+@triton.jit
+def chunk_ends(
+    p_x: Any,
+    p_dt: Any,
+    p_a: Any,
+    p_b: Any,
+    p_bias: Any,
+    p_ends: Any,  # (S, B, K, N, E)
+    p_sums: Any,  # (S, B, K, E)
+    length: Any,
+    batch: Any,
+    chunk: Any,
+    chunks: Any,
+    s_xs: Any,
+    s_xb: Any,
+    s_xt: Any,
+    s_dts: Any,
+    s_dtb: Any,
+    s_dtt: Any,
+    s_bs: Any,
+    s_bb: Any,
+    s_bt: Any,
+    reverse: Any,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BE: tl.constexpr,
+    U: tl.constexpr,
+) -> None:
+    """End state and sum of steps of one chunk, entered with a state of zero."""
+    i_e = tl.program_id(0) % tl.cdiv(E, BE)
+    i_chunk = tl.program_id(0) // tl.cdiv(E, BE)  # over (S, B, K)
+    i_k = i_chunk % chunks
+    i_b = (i_chunk // chunks % batch).to(tl.int64)
+    i_s = (i_chunk // chunks // batch).to(tl.int64)
+    o_e = i_e * BE + tl.arange(0, BE)
+    m_e = o_e < E
+    p_x += i_s * s_xs + i_b * s_xb
+    p_dt += i_s * s_dts + i_b * s_dtb
+    p_b += i_s * s_bs + i_b * s_bb
+    a = exponents(p_a + i_s * E * N, o_e, m_e, N)
+    bias = row(p_bias + i_s * E, o_e, m_e) if p_bias is not None else 0.0
+
+    start = i_k.to(tl.int64) * chunk
+    steps = tl.minimum(chunk, length - start).to(tl.int32)
+    backward = (reverse >> i_s) & 1
+    first = start + backward * (steps - 1)
+    sense = 1 - 2 * backward
+    total = tl.zeros([BE], tl.float32)
+    h = zeros(total, N)
+    for i in range(0, steps // U):
+        for u in tl.static_range(U):
+            t = first + sense * (i * U + u)
+            delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
+            drive = delta * row(p_x + t * s_xt, o_e, m_e)
+            h = advance(h, a, delta, drive, p_b + t * s_bt, N)
+            total += delta
+    for i in range(steps // U * U, steps):
+        t = first + sense * i
+        delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
+        drive = delta * row(p_x + t * s_xt, o_e, m_e)
+        h = advance(h, a, delta, drive, p_b + t * s_bt, N)
+        total += delta
+    o_chunk = i_chunk.to(tl.int64) * E
+    store_states(p_ends + o_chunk * N, o_e, m_e, E, h, N)
+    tl.store(p_sums + o_chunk + o_e, total, mask=m_e)
+
+
+@triton.jit
+def combine(
+    p_ends: Any,  # (S, B, K, N, E), becomes the states at which the chunks are entered
+    p_sums: Any,  # (S, B, K, E)
+    p_a: Any,  # (S, E, N)
+    p_first: Any,  # (S, B, E, N) or None
+    p_last: Any,  # (S, B, E, N)
+    p_decay: Any,  # (S, B, E, N) or None
+    batch: Any,
+    chunks: Any,
+    reverse: Any,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BE: tl.constexpr,
+    U: tl.constexpr,
+) -> None:
+    """Scan over the chunks, one program per sequence, state and block of channels."""
+    i_e = tl.program_id(0) % tl.cdiv(E, BE)
+    i_n = tl.program_id(0) // tl.cdiv(E, BE) % N
+    i_sb = (tl.program_id(0) // tl.cdiv(E, BE) // N).to(tl.int64)
+    i_s = i_sb // batch
+    o_e = i_e * BE + tl.arange(0, BE)
+    m_e = o_e < E
+    o_state = (i_sb * E + o_e) * N + i_n  # (S, B, E, N)
+    a = tl.load(p_a + (i_s * E + o_e) * N + i_n, mask=m_e, other=0.0) * LOG2_E
+    h = tl.zeros([BE], tl.float32)
+    if p_first is not None:
+        h = tl.load(p_first + o_state, mask=m_e, other=0.0)
+
+    backward = (reverse >> i_s) & 1
+    first = i_sb * chunks + backward * (chunks - 1)
+    sense = 1 - 2 * backward
+    total = tl.zeros([BE], tl.float32)
+    for i in range(0, chunks, U):
+        # All loads of a round before its stores: they wait for memory together.
+        ends, sums = (), ()
+        for u in tl.static_range(U):
+            k = first + sense * (i + u)
+            m = m_e & (tl.full([BE], i + u, tl.int32) < chunks)
+            ends = ends + (tl.load(p_ends + (k * N + i_n) * E + o_e, mask=m, other=0.0),)  # noqa: RUF005
+            sums = sums + (tl.load(p_sums + k * E + o_e, mask=m, other=0.0),)  # noqa: RUF005
+        for u in tl.static_range(U):
+            k = first + sense * (i + u)
+            m = m_e & (tl.full([BE], i + u, tl.int32) < chunks)
+            tl.store(p_ends + (k * N + i_n) * E + o_e, h, mask=m)
+            h = tl.exp2(a * sums[u]) * h + ends[u]
+            total += sums[u]
+    tl.store(p_last + o_state, h, mask=m_e)
+    if p_decay is not None:
+        tl.store(p_decay + o_state, tl.exp2(a * total), mask=m_e)
+
+
+@triton.jit
+def chunk_outputs(
+    p_x: Any,
+    p_dt: Any,
+    p_a: Any,
+    p_b: Any,
+    p_c: Any,
+    p_d: Any,
+    p_z: Any,
+    p_bias: Any,
+    p_starts: Any,  # (S, B, K, N, E)
+    p_first: Any,  # (S, B, E, N): instead of the starts if there is one chunk
+    p_last: Any,  # (S, B, E, N): written if there is one chunk
+    p_decay: Any,  # (S, B, E, N): likewise
+    p_y: Any,  # (B, L, E)
+    length: Any,
+    batch: Any,
+    chunk: Any,
+    chunks: Any,
+    s_xs: Any,
+    s_xb: Any,
+    s_xt: Any,
+    s_dts: Any,
+    s_dtb: Any,
+    s_dtt: Any,
+    s_bs: Any,
+    s_bb: Any,
+    s_bt: Any,
+    s_cs: Any,
+    s_cb: Any,
+    s_ct: Any,
+    s_zb: Any,
+    s_zt: Any,
+    reverse: Any,
+    S: tl.constexpr,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BE: tl.constexpr,
+    U: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """Outputs of one chunk: the directions one after the other, the last one adds and gates."""
+    i_e = tl.program_id(0) % tl.cdiv(E, BE)
+    i_chunk = tl.program_id(0) // tl.cdiv(E, BE)  # over (B, K)
+    i_k = i_chunk % chunks
+    i_b = (i_chunk // chunks).to(tl.int64)
+    o_e = i_e * BE + tl.arange(0, BE)
+    m_e = o_e < E
+    start = i_k.to(tl.int64) * chunk
+    steps = tl.minimum(chunk, length - start).to(tl.int32)
+    p_y += i_b * length * E
+    p_z = p_z + i_b * s_zb if p_z is not None else p_z
+
+    for i_s in tl.static_range(S):
+        p_xs = p_x + i_s * s_xs + i_b * s_xb
+        p_dts = p_dt + i_s * s_dts + i_b * s_dtb
+        p_bs = p_b + i_s * s_bs + i_b * s_bb
+        p_cs = p_c + i_s * s_cs + i_b * s_cb
+        a = exponents(p_a + i_s * E * N, o_e, m_e, N)
+        bias = row(p_bias + i_s * E, o_e, m_e) if p_bias is not None else 0.0
+        skip = row(p_d + i_s * E, o_e, m_e) if p_d is not None else 0.0
+        total = tl.zeros([BE], tl.float32)
+        o_state = (i_s * batch + i_b) * E * N
+        if not WHOLE:
+            o_start = ((i_s * batch + i_b) * chunks + i_k) * N * E
+            h = load_states(p_starts + o_start, o_e, m_e, E, N)
+        elif p_first is not None:
+            h = load_states(p_first + o_state, o_e * N, m_e, 1, N)
+        else:
+            h = zeros(total, N)
+        backward = (reverse >> i_s) & 1
+        first = start + backward * (steps - 1)
+        sense = 1 - 2 * backward
+        for i in range(0, steps // U):
+            for u in tl.static_range(U):
+                t = first + sense * (i * U + u)
+                delta = step_size(p_dts + t * s_dtt, bias, o_e, m_e)
+                x = row(p_xs + t * s_xt, o_e, m_e)
+                h = advance(h, a, delta, delta * x, p_bs + t * s_bt, N)
+                y = project(h, p_cs + t * s_ct, N) + skip * x
+                store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, i_s > 0, i_s == S - 1)
+                if WHOLE:
+                    total += delta
+        for i in range(steps // U * U, steps):
+            t = first + sense * i
+            delta = step_size(p_dts + t * s_dtt, bias, o_e, m_e)
+            x = row(p_xs + t * s_xt, o_e, m_e)
+            h = advance(h, a, delta, delta * x, p_bs + t * s_bt, N)
+            y = project(h, p_cs + t * s_ct, N) + skip * x
+            store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, i_s > 0, i_s == S - 1)
+            if WHOLE:
+                total += delta
+        if WHOLE:
+            store_states(p_last + o_state, o_e * N, m_e, 1, h, N)
+            if p_decay is not None:
+                for n in tl.static_range(N):
+                    decay = tl.exp2(a[n] * total)
+                    tl.store(p_decay + o_state + o_e * N + n, decay, mask=m_e)
+
+
+@triton.jit
+def store_output(
+    y: Any,
+    p_y: Any,
+    p_z: Any,
+    t: Any,
+    s_zt: Any,
+    o_e: Any,
+    m_e: Any,
+    E: tl.constexpr,
+    ADD: tl.constexpr,
+    GATE: tl.constexpr,
+) -> None:
+    """Store the outputs of a token, or add them to those of the direction before."""
+    p_token = p_y + t * E + o_e
+    if ADD:  # written by this thread: a program meets its chunk with every direction
+        y += tl.load(p_token, mask=m_e, other=0.0).to(tl.float32)
+    if GATE and p_z is not None:
+        z = row(p_z + t * s_zt, o_e, m_e)
+        y *= z * sigmoid(z)
+    tl.store(p_token, y.to(p_y.dtype.element_ty), mask=m_e)
