@@ -9,6 +9,7 @@ rasters RFC 7946 applies: longitude and latitude in WGS84, exterior rings counte
 import contextlib
 import gzip
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -116,6 +117,7 @@ def _qupath_describer(
     own = (frame.x_level0, frame.y_level0)
     shift = np.subtract(own, own if origin_xy_level0 is None else origin_xy_level0)
     scale = np.array([frame.scale_x, frame.scale_y])
+    known = math.isfinite(frame.mpp_x * frame.mpp_y)
 
     def describe(batch: Regions, simplify_px: float) -> Iterator[dict[str, Any]]:
         areas_um2 = shapely.area(batch.polygons) * frame.mpp_x * frame.mpp_y
@@ -133,7 +135,7 @@ def _qupath_describer(
                 "properties": {
                     "objectType": spec.object_type,
                     "classification": {"name": spec.name, "color": spec.color_rgb},
-                    "measurements": {"Area um^2": round(area_um2, 6)},
+                    "measurements": {"Area um^2": round(area_um2, 6)} if known else {},
                 },
             }
 

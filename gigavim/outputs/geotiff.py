@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import orjson
 import rasterio
+
+# GDAL's own errors come through too, and nothing public is their base.
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import RasterioError
 from rasterio.shutil import copy as gdal_copy
 from rasterio.windows import Window
@@ -15,7 +18,7 @@ from rasterio.windows import Window
 from gigavim import __version__
 from gigavim.errors import OutputError
 from gigavim.frames import ClassSpec, MapFrame
-from gigavim.outputs.atomic import atomic_path
+from gigavim.outputs.atomic import atomic_path, output_error
 from gigavim.outputs.ground import map_affine, map_crs
 from gigavim.outputs.labels import WINDOW_PX, Coverage, LabelMap, LabelStore, windows
 
@@ -95,11 +98,10 @@ def write_geotiff(
                 num_threads="ALL_CPUS",
             )
             _check(labels, partial)
-        except RasterioError as error:
-            # Most are OSErrors without a number: `atomic_path` asks the disk why.
-            if isinstance(error, OSError):
-                raise
-            raise OSError(str(error)) from error
+        except (RasterioError, CPLE_BaseError) as error:
+            # Here and now, while the disk is as full as GDAL met it: its errors bear no number.
+            cause = error if isinstance(error, OSError) else OSError(str(error))
+            raise output_error(partial, cause) from error
 
 
 def _write_windows(labels: LabelMap, raster: Any) -> None:

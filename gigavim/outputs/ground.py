@@ -7,8 +7,9 @@ from typing import Self
 import numpy as np
 import shapely
 from rasterio import Affine
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.warp import transform
 from shapely.geometry.polygon import orient
 
@@ -45,7 +46,7 @@ def map_crs(frame: MapFrame) -> CRS | None:
         return None
     try:
         return CRS.from_wkt(frame.georeference.crs_wkt)
-    except RasterioError as error:
+    except (CRSError, RasterioError, CPLE_BaseError) as error:
         raise OutputError(f"the raster's CRS is not understood: {error}") from error
 
 
@@ -82,7 +83,7 @@ class GroundTransform:
             return np.stack([x, y], 1)
         try:
             lon, lat = transform(self.crs, WGS84, x, y)
-        except RasterioError as error:
+        except (CRSError, RasterioError, CPLE_BaseError) as error:
             raise OutputError(f"the raster's CRS cannot be converted to WGS84: {error}") from error
         lonlat = np.stack([lon, lat], 1)
         if not np.isfinite(lonlat).all():
@@ -117,9 +118,11 @@ class GroundTransform:
 
 
 def ring_areas_m2(lonlat: np.ndarray, ring_starts: np.ndarray) -> np.ndarray:
-    """Signed areas on the WGS84 ellipsoid of closed rings of (longitude, latitude) in degrees.
+    """Areas on the WGS84 ellipsoid of closed rings of (longitude, latitude) in degrees.
 
-    The area is the integral of Q(latitude) over longitude along the ring, where Q is the area
+    Those of clockwise rings are negative.
+
+    The area is minus the integral of Q(latitude) over longitude along the ring, where Q is the area
     between equator and latitude per radian of longitude (Snyder 1987, "Map projections: a working
     manual", eq. 3-12). Edges are straight in degrees; Simpson's rule integrates each.
 
@@ -132,7 +135,7 @@ def ring_areas_m2(lonlat: np.ndarray, ring_starts: np.ndarray) -> np.ndarray:
     # The shorter way round, where an edge passes the antimeridian.
     step = np.where(np.abs(step) > np.pi, step - np.sign(step) * 2 * np.pi, step)
     end = np.append(lat[1:], lat[-1:])
-    strips = step * (_strip_m2(lat) + 4 * _strip_m2((lat + end) / 2) + _strip_m2(end)) / 6
+    strips = -step * (_strip_m2(lat) + 4 * _strip_m2((lat + end) / 2) + _strip_m2(end)) / 6
     strips[ring_starts[1:] - 1] = 0.0  # from one ring to the next
     return np.asarray(np.add.reduceat(strips, ring_starts[:-1]))
 

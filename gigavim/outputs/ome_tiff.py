@@ -5,6 +5,7 @@ Reduced levels are SubIFDs of the first image, as OME-TIFF prescribes
 Values are labels; Bio-Formats shows them with the TIFF's colour map, as false colours.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def write_ome_tiff(
     shapes = level_shapes(labels.height, labels.width)
     pixels = sum(height * width for height, width in shapes)
     uuid = uuid5(NAMESPACE_URL, f"gigavim:{name}:{labels.height}x{labels.width}")
+    sized = math.isfinite(frame.mpp_x * frame.mpp_y)
     metadata = _metadata(frame, classes, name=name, uuid=str(uuid))
     with (
         atomic_path(path, overwrite=overwrite) as partial,
@@ -77,8 +79,12 @@ def write_ome_tiff(
                 photometric="palette",
                 colormap=colormap(classes),
                 compression="zlib",
-                resolution=(1e4 / (frame.mpp_x * scale_x), 1e4 / (frame.mpp_y * scale_y)),
-                resolutionunit="CENTIMETER",
+                resolution=(
+                    (1e4 / (frame.mpp_x * scale_x), 1e4 / (frame.mpp_y * scale_y))
+                    if sized
+                    else None
+                ),
+                resolutionunit="CENTIMETER" if sized else "NONE",
                 maxworkers=workers,
                 subfiletype=1 if level else None,
                 subifds=None if level else len(shapes) - 1,
@@ -124,15 +130,17 @@ def _metadata(
         {"value": value, "name": spec.name, "color": spec.color_rgb, "parent": spec.parent}
         for value, spec in enumerate(classes)
     ]
-    return {
-        "axes": "YX",
-        "Creator": f"gigavim {__version__}",
-        "UUID": uuid,
-        "Name": name,
+    size = {
         "PhysicalSizeX": frame.mpp_x,
         "PhysicalSizeXUnit": "µm",
         "PhysicalSizeY": frame.mpp_y,
         "PhysicalSizeYUnit": "µm",
+    }
+    return (size if math.isfinite(frame.mpp_x * frame.mpp_y) else {}) | {
+        "axes": "YX",
+        "Creator": f"gigavim {__version__}",
+        "UUID": uuid,
+        "Name": name,
         "Channel": {"Name": "class"},
         "MapAnnotation": {
             "Namespace": "gigavim/classes",
