@@ -1,9 +1,12 @@
 """An image of any height as a stream of full-width bands, rendered by a few threads."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+MOST_THREADS = 8  # each holds the planes of one square, about 100 MB
 
 # (x, y, width, height) -> pixels (height, width, 3) uint8, labels (height, width) uint8
 Render = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]
@@ -21,7 +24,7 @@ def render_bands(
 
     Bands are cut into squares that are rendered in parallel; `progress` is told the pixels done.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool:
         for y in range(0, height, band_px):
             tall = min(band_px, height - y)
             xs = range(0, width, band_px)

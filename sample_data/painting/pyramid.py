@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import imagecodecs
 import numpy as np
 
-from painting.bands import Render, render_bands
+from painting.bands import MOST_THREADS, Render, render_bands
 
 TILE_PX = 256
 LEVEL_STEP = 4
@@ -110,7 +110,7 @@ class PyramidStream:
             self._render, width, height, band_px=self._region_px, progress=self._progress
         )
         levels = [_Level(w, h) for w, h in self.sizes]
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(MOST_THREADS) as pool:
             for _, band, labels in bands:
                 self._keep_labels(pool, labels)
                 smaller = band
