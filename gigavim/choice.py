@@ -27,11 +27,11 @@ class Choice:
 
 
 def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
-    """Load the model that the settings name, or the default for the kind of image, and check the fit.
+    """Load the model that the settings name, or the default for the kind of image; check the fit.
 
-    A slide fits when its mpp is known and within the card's range. With `allow_mpp_mismatch` any slide
-    will do: one that is finer than the model's mpp is still brought to it, any other is seen pixel by
-    pixel as it is.
+    A slide fits when its mpp is known and within the card's range. With `allow_mpp_mismatch` any
+    slide will do: one that is finer than the model's mpp is still brought to it, any other is seen
+    pixel by pixel as it is.
 
     Raises:
         ModelError: no model fits, or it is not the slide's resolution or kind.
@@ -58,13 +58,13 @@ def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> floa
     if slide.mpp is None:
         raise missing_mpp(slide.path)
     own = (slide.mpp.x * slide.mpp.y) ** 0.5
-    # A finer scan is brought to the model's resolution without loss; a coarser one lacks the detail.
+    # A finer scan is brought to the model's resolution; a coarser one lacks the detail.
     if own > coarsest * 1.05 or not finest * 0.95 <= wanted <= coarsest * 1.05:
         seen = max(own, wanted)
         raise ModelError(
-            f"{slide.path}: {card.name} was trained for {finest:g} to {coarsest:g} um per pixel, this"
-            f" would be {seen:.4g} (from {slide.mpp.source}). Choose another --model, correct the"
-            " file's resolution with --slide-mpp, or insist with --allow-mpp-mismatch."
+            f"{slide.path}: {card.name} was trained for {finest:g} to {coarsest:g} um per pixel,"
+            f" this would be {seen:.4g} (from {slide.mpp.source}). Choose another --model, correct"
+            " the file's resolution with --slide-mpp, or insist with --allow-mpp-mismatch."
         )
     return wanted
 
@@ -87,7 +87,7 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
 def _default_for(slide: "Slide") -> str:
     if slide.georeference is not None:
         raise ModelError(
-            f"{slide.path}: no shipped model is made for georeferenced rasters. Name one with --model"
-            f" (shipped: {', '.join(list_models())}) and add --allow-mpp-mismatch to try it."
+            f"{slide.path}: no shipped model is made for georeferenced rasters. Name one with"
+            f" --model ({', '.join(list_models())}) and add --allow-mpp-mismatch to try it."
         )
     return DEFAULT_SLIDE_MODEL

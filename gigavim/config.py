@@ -1,7 +1,8 @@
 """`gigavim.toml` as typed settings, and back from nothing to defaults.
 
-Loading is strict: an unknown key or a value of the wrong kind is a `SettingsError` that names the key,
-the file and what would be right. Sections and keys are those of the `gigavim.toml` in the repository.
+Loading is strict: an unknown key or a value of the wrong kind is a `SettingsError` that names the
+key, the file and what would be right. Sections and keys are those of the `gigavim.toml` in the
+repository.
 """
 
 import difflib

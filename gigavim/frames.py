@@ -1,8 +1,8 @@
 """Where pixels lie: the few records that every stage passes on.
 
-Two frames are used. *Level-0 pixels* are those of the file's finest level, x to the right and y down.
-*Map pixels* are those of the model's resolution (its mpp), whose top-left corner is the slide's bounds
-origin. Pixel i of either frame covers the interval [i, i + 1).
+Two frames are used. *Level-0 pixels* are those of the file's finest level, x to the right and y
+down. *Map pixels* are those of the model's resolution (its mpp), whose top-left corner is the
+slide's bounds origin. Pixel i of either frame covers the interval [i, i + 1).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """From a slide's path to its maps: the function that joins all stages.
 
-    open -> model -> grid, tissue, tokens -> plan -> embed -> sweep -> decode -> files
+open -> model -> grid, tissue, tokens -> plan -> embed -> sweep -> decode -> files
 """
 
 import tempfile
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gigavim_kernels.backends import Precision, resolve_precision
 from torch import Tensor
 
 from gigavim.choice import Choice, choose_model
-from gigavim.config import ComputeSettings, Settings, TokenSettings
+from gigavim.config import Settings, TokenSettings
 from gigavim.engine.decode import decode_strips
 from gigavim.engine.devices import resolve_device, usable_cores
 from gigavim.engine.embed import PatchProjection, embed_slide
@@ -39,6 +38,7 @@ from gigavim.slides.base import Slide
 from gigavim.tokens.grid import TokenGrid, TokenSelection, make_grid, select_tokens
 from gigavim.tokens.stream import stream_blocks
 from gigavim.tokens.tissue import kept_cells, tissue_mask
+from gigavim_kernels.backends import Precision, resolve_precision
 
 MOST_READERS = 8
 
@@ -354,7 +354,7 @@ def _limit(text: str) -> int | None:
 
 
 def _other_bytes(grid: TokenGrid, readers: int, block_px: int) -> int:
-    """RAM of the reading stage: blocks in flight (pixels, their source and its resampling) and maps."""
+    """RAM of the reading stage: blocks in flight (pixels, source, resampling) and cell maps."""
     in_flight = (2 * readers + 2) * block_px**2 * 3 * 2
     return in_flight + grid.rows * grid.cols * (8 + 4 + 2)
 
@@ -369,5 +369,7 @@ def _scratch_folder(settings: Settings) -> Iterator[Path]:
     parent = _scratch_parent(settings)
     with ExitStack() as stack:
         with explained(parent):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent)
+            )
         yield Path(folder)

@@ -1,7 +1,7 @@
 """What is written lies where the slide's pixels lie, to the pixel, through the whole pipeline.
 
 The model of these tests is an exact one: its tokens carry the brightness of their pixels unchanged
-through the encoder, and the head calls dark pixels tissue. So the map's edges are the slide's edges.
+through the encoder, and the head calls dark pixels tissue. So the map's edges are the slide's.
 """
 
 import json
@@ -150,7 +150,9 @@ def test_any_downsample_and_odd_sizes(exact_model, tmp_path, mpp):
     labels = tifffile.imread(result.outputs["ome-tiff"])
     assert labels.shape == (int(np.ceil(311 / scale)), int(np.ceil(517 / scale)))
     # In level-0 pixels the written edge is within half a map pixel of the true one.
-    assert np.abs(np.subtract(polygon_box(result.outputs["geojson"]), box)).max() <= scale / 2 + 1e-6
+    assert (
+        np.abs(np.subtract(polygon_box(result.outputs["geojson"]), box)).max() <= scale / 2 + 1e-6
+    )
     with tifffile.TiffFile(result.outputs["ome-tiff"]) as tiff:
         assert 'PhysicalSizeX="0.5"' in tiff.ome_metadata
 

@@ -41,7 +41,7 @@ def test_a_wrong_file_is_refused_by_key_and_name(tmp_path, text, words):
 def test_a_missing_file_is_refused_only_if_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_settings() == Settings()
-    with pytest.raises(SettingsError, match="none.toml"):
+    with pytest.raises(SettingsError, match=r"none\.toml"):
         load_settings(tmp_path / "none.toml")
 
 

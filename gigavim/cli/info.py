@@ -90,19 +90,28 @@ def _table(facts: dict[str, Any]) -> str:
     mpp, bounds = facts["mpp"], facts["bounds_level0"]
     rows = [
         ("reader", facts["reader"]),
-        ("size", f"{facts['width_px']:,} x {facts['height_px']:,} px ({facts['megapixels']:,} Mpx)"),
+        (
+            "size",
+            f"{facts['width_px']:,} x {facts['height_px']:,} px ({facts['megapixels']:,} Mpx)",
+        ),
         ("mpp", "unknown: give --slide-mpp" if mpp is None else _mpp_text(mpp)),
     ]
     if (bounds["width"], bounds["height"]) != (facts["width_px"], facts["height_px"]):
-        rows.append(("bounds", f"{bounds['width']} x {bounds['height']} at {bounds['x']}, {bounds['y']}"))
+        size = f"{bounds['width']:,} x {bounds['height']:,} px"
+        rows.append(("bounds", f"{size} at {bounds['x']:,}, {bounds['y']:,}"))
     for number, level in enumerate(facts["levels"]):
-        text = f"{level['width_px']:,} x {level['height_px']:,} px, 1/{level['downsample']:g}"
-        rows.append((f"level {number}", f"{text}, tiles {level['tile_px'][0]} x {level['tile_px'][1]}"))
+        tiles = " x ".join(str(side) for side in level["tile_px"])
+        text = f"{_size(level)}, 1/{level['downsample']:g}, tiles {tiles}"
+        rows.append((f"level {number}", text))
     if facts["crs"] and "crs" not in facts["description"]:
         rows.append(("crs", _crs_name(facts["crs"])))
     rows += [(key, value) for key, value in facts["description"].items()]
     width = max(len(key) for key, _ in rows)
     return "\n".join([facts["path"], *(f"  {key:<{width}}  {value}" for key, value in rows)])
+
+
+def _size(facts: dict[str, Any]) -> str:
+    return f"{facts['width_px']:,} x {facts['height_px']:,} px"
 
 
 def _mpp_text(mpp: dict[str, Any]) -> str:

@@ -35,13 +35,18 @@ class Bars:
             yield lambda amount: _advance(bar, amount)
         if not self._quiet and not self._terminal:
             seconds = max(time.perf_counter() - started, 1e-9)
+            rate = total / seconds
+            rate = total / seconds
             click.echo(
-                f"{name:>8}: {total:,.1f} {unit} in {seconds:.1f} s ({total / seconds:,.1f} {unit}/s)",
+                f"{name:>8}: {total:,.1f} {unit} in {seconds:.1f} s ({rate:,.1f} {unit}/s)",
                 err=True,
             )
 
 
-_FORMAT = "{desc} {percentage:3.0f}%|{bar:24}| {n:.1f}/{total:.1f}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
+_FORMAT = (
+    "{desc} {percentage:3.0f}%|{bar:24}| {n:.1f}/{total:.1f}{unit}"
+    " [{elapsed}<{remaining}, {rate_fmt}]"
+)
 
 
 def _advance(bar: "tqdm[None]", amount: float) -> None:

@@ -20,32 +20,49 @@ FORMATS = ["ome-tiff", "geojson", "geojson.gz", "geotiff", "overlay"]
 @click.command("segment")
 @options.inputs()
 @click.option(
-    "-o", "--output", "--results-dir", "--job-dir", "output", type=click.Path(path_type=Path),
-    metavar="DIR", help="Folder of the results  [default: gigavim_out].",
+    "-o",
+    "--output",
+    "--results-dir",
+    "--job-dir",
+    "output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the results  [default: gigavim_out].",
 )
 @click.option("--model", metavar="NAME|DIR", help="A name of `gigavim models`, or a model folder.")
 @click.option("--weights", metavar="FILE", help="Other weights for that model (safetensors).")
 @click.option(
-    "--mpp", type=click.FloatRange(min=0, min_open=True), metavar="UM",
+    "--mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="UM",
     help="Micrometres per pixel at which the model sees the slide  [default: as trained].",
 )
 @click.option(
-    "--mag", type=click.FloatRange(min=0, min_open=True), metavar="X",
+    "--mag",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
     help="The same as a magnification: --mag 20 is --mpp 0.5.",
 )
 @options.slide_mpp
 @click.option(
-    "--allow-mpp-mismatch", is_flag=True, default=None,
+    "--allow-mpp-mismatch",
+    is_flag=True,
+    default=None,
     help="Run the model at a resolution, or on a kind of image, it was not trained for.",
 )
 @options.channels_option
 @click.option("--tissue", metavar="auto|none|FILE", help="What to segment  [default: auto].")
 @click.option(
-    "--min-tissue", type=click.FloatRange(0, 1), metavar="SHARE",
+    "--min-tissue",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
     help="Share of a patch that must be tissue  [default: 0, any].",
 )
 @click.option(
-    "--format", "formats", multiple=True, type=click.Choice(FORMATS),
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(FORMATS),
     help="Repeatable  [default: ome-tiff, geojson, overlay; geotiff for georeferenced input].",
 )
 @click.option("--overwrite", is_flag=True, default=None, help="Replace results that are there.")
@@ -60,7 +77,8 @@ FORMATS = ["ome-tiff", "geojson", "geojson.gz", "geotiff", "overlay"]
 @click.option("--scratch-dir", metavar="DIR", help="For working files  [default: in the output].")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and stop.")
 @click.option(
-    "--fail-fast/--skip-errors", default=False,
+    "--fail-fast/--skip-errors",
+    default=False,
     help="Stop at the first slide that fails, or go on  [default: go on].",
 )
 @options.config
@@ -76,9 +94,10 @@ def command(
 ) -> int:
     """Segment slides and write maps that other tools open.
 
-    INPUT is a slide: a file (.svs, .ndpi, .mrxs, .tif, .ome.tif, GeoTIFF, .png, ...) or a folder that is
-    one slide (DICOM, OME-Zarr). For each, the output folder receives a label map (pyramidal OME-TIFF, or
-    GeoTIFF for a georeferenced raster), polygons (GeoJSON for QuPath), a picture and a summary.
+    INPUT is a slide: a file (.svs, .ndpi, .mrxs, .tif, .ome.tif, GeoTIFF, .png, ...) or a folder
+    that is one slide (DICOM, OME-Zarr). For each, the output folder receives a label map (pyramidal
+    OME-TIFF, or GeoTIFF for a georeferenced raster), polygons (GeoJSON for QuPath), a picture and a
+    summary.
 
     \b
     Examples:
@@ -99,8 +118,8 @@ def command(
             failed.append((path, error))
     if failed:
         click.echo(f"\n{len(failed)} of {len(inputs)} slides failed:", err=True)
-        for path, error in failed:
-            click.echo(f"  {path}: {type(error).__name__}", err=True)
+        for path, reason in failed:
+            click.echo(f"  {path}: {type(reason).__name__}", err=True)
         return 3 if len(failed) < len(inputs) else 1
     return 0
 
@@ -108,7 +127,9 @@ def command(
 def _settings(config: Path | None, flags: dict[str, Any]) -> Settings:
     if flags["mpp"] and flags["mag"]:
         raise click.UsageError("--mpp and --mag say the same thing: give one of them.")
-    mpp = 10 / flags["mag"] if flags["mag"] else flags["mpp"]  # 10 um / magnification, by convention
+    mpp = (
+        10 / flags["mag"] if flags["mag"] else flags["mpp"]
+    )  # 10 um / magnification, by convention
     return load_settings(config).with_flags(
         input={"slide_mpp": flags["slide_mpp"], "channels": flags["channels"]},
         model={
@@ -133,10 +154,10 @@ def _settings(config: Path | None, flags: dict[str, Any]) -> Settings:
 
 
 def output_stems(inputs: tuple[Path, ...]) -> dict[Path, str]:
-    """Name each slide's results: its stem, or its whole name where two slides share a stem.
+    """Name each slide's results: its stem, or its whole name where two share a stem.
 
     Raises:
-        click.UsageError: two inputs have the same name, so that one would replace the other's results.
+        click.UsageError: two inputs have the same name: one would replace the other's results.
     """
     paths = list(dict.fromkeys(inputs))
     stems = [path.resolve().name.split(".ome.")[0] if ".ome." in path.name else path.resolve().stem

@@ -1,8 +1,8 @@
 """Tokens to labels, streamed in strips of the grid's rows.
 
-Each token decodes to the pixels of its patch. Where patches overlap their logits are averaged; a strip
-hands the rows that the next strip's patches still reach to that strip, so the result does not depend
-on how many rows a strip holds.
+Each token decodes to the pixels of its patch. Where patches overlap their logits are averaged; a
+strip hands the rows that the next strip's patches still reach to that strip, so the result does not
+depend on how many rows a strip holds.
 """
 
 from collections.abc import Iterator

@@ -18,7 +18,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SettingsError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 or mps.") from error
+        raise SettingsError(
+            f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 or mps."
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise SettingsError(

@@ -22,8 +22,8 @@ BATCH_PATCHES = 8192
 class PatchProjection:
     """The patch embedding as one product with raw 8-bit patches.
 
-    In bf16 the pixels are exact and only the weights are rounded; the bias is computed from the rounded
-    weights, so that a patch of the mean colour keeps its exact token.
+    In bf16 the pixels are exact and only the weights are rounded; the bias is computed from the
+    rounded weights, so that a patch of the mean colour keeps its exact token.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ def embed_slide(
     """
     count = len(selection.cells)
     kind = encoder.config.class_token
-    unreadable = np.zeros((grid.rows, grid.cols), np.bool_)
+    unreadable: npt.NDArray[np.bool_] = np.zeros((grid.rows, grid.cols), np.bool_)
     with torch.inference_mode():
         if own := class_slots(count, kind):
             sequence.scatter(torch.tensor(own), encoder.class_rows().float())
@@ -89,8 +89,8 @@ def embed_slide(
             kept = index >= 0
             _embed_block(block, index, kept, sequence, encoder, projection, grid, count)
             if block.unreadable is not None:
-                bad = _touched(block.unreadable, grid, block.rows, block.cols) & kept
-                block.rect.of(unreadable)[:] = bad
+                touched = _touched(block.unreadable, grid, block.rows, block.cols)
+                block.rect.of(unreadable)[:] = touched & kept
                 _check(source, int(unreadable.sum()), count, max_unreadable)
             progress(int(kept.sum()) * grid.stride_px**2)
     return unreadable
@@ -126,14 +126,13 @@ def _touched(
     """(rows, cols): whose patch holds a marked pixel."""
     patches = np.lib.stride_tricks.sliding_window_view(pixels, (grid.patch_px, grid.patch_px))
     stepped = patches[:: grid.stride_px, :: grid.stride_px][:rows, :cols]
-    touched: npt.NDArray[np.bool_] = stepped.any((2, 3))
-    return touched
+    return np.asarray(stepped.any((2, 3)))
 
 
 def _check(source: Path, unreadable: int, count: int, limit: float) -> None:
     if unreadable > limit * count:
         raise CorruptSlideError(
-            f"{source}: more than {limit:.1%} of the tissue cannot be decoded ({unreadable:,} of {count:,}"
-            " patches so far): the file is damaged. Copy it again from its source, or raise"
-            " output.max_unreadable to go on without those parts."
+            f"{source}: more than {limit:.1%} of the tissue cannot be decoded ({unreadable:,} of"
+            f" {count:,} patches so far): the file is damaged. Copy it again from its source, or"
+            " raise max_unreadable in gigavim.toml to go on without those parts."
         )

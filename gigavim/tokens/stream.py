@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gigavim.slides.base import Slide
 
 Kept = npt.NDArray[np.bool_]
+Cell = TypeVar("Cell", bound=np.generic)
 
 _MOST_WORKERS = 16
 
@@ -40,9 +41,9 @@ class CellRect:
     rows: int
     cols: int
 
-    def of(self, kept: Kept) -> Kept:
+    def of(self, cells: npt.NDArray[Cell]) -> npt.NDArray[Cell]:
         """The rectangle's part of a (grid rows, grid cols) array, as a view."""
-        return kept[self.row : self.row + self.rows, self.col : self.col + self.cols]
+        return cells[self.row : self.row + self.rows, self.col : self.col + self.cols]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

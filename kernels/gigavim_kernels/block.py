@@ -2,7 +2,8 @@
 
 A sweep over the sequence is exact because a chunk needs of its neighbours only K-1 tokens on either
 side (`left`, `right`: rows of the stream as it was before this block; zero rows beyond the ends of
-the sequence, which RMSNorm and the bias-free in_proj keep at zero) and the scan states at its edges.
+the sequence, which RMSNorm and the bias-free in_proj keep at zero) and the scan states at its
+edges.
 """
 
 from typing import Protocol

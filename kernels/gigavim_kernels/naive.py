@@ -1,4 +1,4 @@
-"""The specification of the selective scan and the causal convolution: plain torch, one token a step.
+"""The specification of the selective scan and the convolution: plain torch, one token a step.
 
 Every other backend is tested against these two functions. They follow the dtype of their inputs
 (float64 gives a reference) and are differentiable. Sizes: B batch, L tokens, E channels, N states.
@@ -70,7 +70,8 @@ def causal_conv(
 
     Args:
         x: (B, L, E). weight: (E, K), tap K-1 meets the current token. bias: (E,).
-        halo: (B, K-1, E) the tokens before x (after x if `reverse`), in token order; zeros if absent.
+        halo: (B, K-1, E) the tokens before x (after x if `reverse`), in token order; zeros if
+            absent.
         reverse: anti-causal: the taps reach to later tokens.
 
     Returns:

@@ -76,7 +76,9 @@ def test_one_bad_slide_of_three_does_not_stop_the_others(run, make_slide, tiny_m
 def test_fail_fast_stops_at_the_first(run, make_slide, tiny_model, tmp_path):
     bad = tmp_path / "bad.svs"
     bad.write_text("not a slide at all")
-    result = run("segment", bad, make_slide("b.tif"), "--model", tiny_model, "-o", "out", "--fail-fast")
+    result = run(
+        "segment", bad, make_slide("b.tif"), "--model", tiny_model, "-o", "out", "--fail-fast"
+    )
     assert result.code == 1
     assert not (tmp_path / "out" / "b.summary.json").exists()
 
@@ -108,8 +110,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert "Traceback" not in result.err
     if code == 1:
         assert result.err.count("Error:") == 1
-    written = [path for path in (tmp_path / "gigavim_out").glob("*")]
-    assert written == []
+    assert list((tmp_path / "gigavim_out").glob("*")) == []
 
 
 def test_a_slide_without_mpp_names_the_ways_out(run, make_slide, tiny_model):
