@@ -1,0 +1,1 @@
+"""Training of the models that gigavim ships: data, augmentation, losses, the loop."""

@@ -1,0 +1,30 @@
+import math
+
+import pytest
+import torch
+
+from gigavim.training.losses import segmentation_loss, soft_dice_loss
+
+
+def test_soft_dice_by_hand():
+    # probabilities of class 1: 0.75 and 0.25, truth: 1 and 0
+    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(3.0), 0.0]]])
+    labels = torch.tensor([[1, 0]])
+    expected = 1 - (2 * 0.75 + 1) / (0.75 + 0.25 + 1 + 1)
+    assert soft_dice_loss(logits, labels, [1]).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_cross_entropy_weighs_classes():
+    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(3.0), 0.0]]])
+    labels = torch.tensor([[1, 1]])
+    weights = torch.tensor([1.0, 2.0])
+    entropy = (math.log(4 / 3) + math.log(4.0)) / 2
+    dice = 1 - (2 * 1.0 + 1) / (1.0 + 2 + 1)
+    found = segmentation_loss(logits, labels, weights, [1]).item()
+    assert found == pytest.approx(entropy + dice, rel=1e-6)
+
+
+def test_a_perfect_answer_costs_nothing():
+    labels = torch.randint(0, 3, (4, 64), generator=torch.Generator().manual_seed(0))
+    logits = 50.0 * torch.nn.functional.one_hot(labels, 3).transpose(1, 2).float()
+    assert segmentation_loss(logits, labels, torch.ones(3), [0, 2]).item() < 1e-4
