@@ -13,6 +13,16 @@ from gigavim_kernels.block import BlockKernel
 from gigavim_kernels.weights import BlockWeights, Branch, Direction
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from torch's threads, and busy machines make them costly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_direction(
     width: int, states: int, rank: int, taps: int, *, reverse: bool, reverse_conv: bool
 ) -> Direction:
@@ -116,13 +126,15 @@ def swept(kernel: BlockKernel, stream: Tensor, cuts: list[int]) -> Tensor:
 def random_scan(
     batch: int, length: int, channels: int, states: int, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype)
+        return torch.randn(*shape, dtype=dtype, generator=generator)
 
     return {
         "x": draw(batch, length, channels),
         "dt": draw(batch, length, channels),
-        "A": -torch.rand(channels, states, dtype=dtype) * 8 - 0.1,
+        "A": -torch.rand(channels, states, dtype=dtype, generator=generator) * 8 - 0.1,
         "B": draw(batch, length, states),
         "C": draw(batch, length, states),
         "D": draw(channels),
@@ -138,26 +150,26 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return (found.double() - expected).norm().item() / (scale or 1.0)
 
 
-@pytest.fixture(name="random_block")
+@pytest.fixture(scope="session", name="random_block")
 def _random_block() -> Callable[..., BlockWeights]:
     return random_block
 
 
-@pytest.fixture(name="specified_block")
+@pytest.fixture(scope="session", name="specified_block")
 def _specified_block() -> Callable[..., Tensor]:
     return specified_block
 
 
-@pytest.fixture(name="swept")
+@pytest.fixture(scope="session", name="swept")
 def _swept() -> Callable[..., Tensor]:
     return swept
 
 
-@pytest.fixture(name="random_scan")
+@pytest.fixture(scope="session", name="random_scan")
 def _random_scan() -> Callable[..., dict[str, Tensor]]:
     return random_scan
 
 
-@pytest.fixture(name="relative_error")
+@pytest.fixture(scope="session", name="relative_error")
 def _relative_error() -> Callable[..., float]:
     return relative_error

@@ -26,9 +26,7 @@ def kernel_of(backend, block, precision, threads=2):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("d_model", "states", "taps"), [(32, 16, 4), (13, 8, 3), (24, 32, 1), (7, 5, 2)]
-)
+@pytest.mark.parametrize(("d_model", "states", "taps"), [(32, 16, 4), (24, 32, 1), (7, 5, 2)])
 def test_block_equals_the_specification(
     random_block, specified_block, swept, relative_error,
     backend, kind, precision, d_model, states, taps,

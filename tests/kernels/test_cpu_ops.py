@@ -75,7 +75,7 @@ def test_nan_reaches_what_causality_allows(random_scan, name, reverse):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    length=st.integers(0, 80),
+    length=st.integers(1, 80),
     channels=st.integers(1, 40),
     width=st.integers(1, 5),
     reverse=st.booleans(),

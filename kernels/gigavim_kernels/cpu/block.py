@@ -6,23 +6,26 @@ again for the output projection. Tiles are cut by the chunk alone and directions
 their order, so a result depends on the chunk but not on the number of threads.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gigavim_kernels.block import States
-from gigavim_kernels.cpu.conv import conv_rows, tap_offsets
+from gigavim_kernels.cpu.conv import conv_rows
+from gigavim_kernels.cpu.layout import (
+    STATE_MULTIPLE,
+    CpuBranch,
+    CpuDirection,
+    padded,
+    prepare_branch,
+)
 from gigavim_kernels.cpu.norm import add_halves, rms_norm
-from gigavim_kernels.cpu.ops import STATE_MULTIPLE, padded
 from gigavim_kernels.cpu.scan import scan_channels, state_block
 from gigavim_kernels.cpu.simd import LANES
 from gigavim_kernels.cpu.team import Team, share, team_of
-from gigavim_kernels.weights import BlockWeights, Branch, Direction
+from gigavim_kernels.weights import BlockWeights
 
 CACHED_ACTIVATIONS = 1 << 18
 """Elements of the widest operand of a matrix product that stay in a core's second-level cache."""
@@ -41,9 +44,9 @@ class CpuBlock:
     ) -> None:
         self._team = team_of(threads)
         self._product = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._branches = tuple(_prepare_branch(b, self._product) for b in block.branches)
+        self._branches = tuple(prepare_branch(b, self._product) for b in block.branches)
         self._stream_scale = block.stream_scale
-        widths = [len(d.taps) for b in self._branches for d in b.directions]
+        widths = [len(d.conv_weight) for b in self._branches for d in b.directions]
         self.halo = max(widths) - 1
         self._tile = min(_tile_rows(b.in_proj_x.shape[1]) for b in self._branches)
         self.chunk = TILES_PER_THREAD * self._tile * self._team.threads
@@ -122,41 +125,14 @@ class CpuBlock:
         self._team.run(work)
 
 
-@dataclass(frozen=True, slots=True)
-class _Direction:
-    """A direction's weights, transposed and padded for the kernels."""
-
-    conv_weight: np.ndarray  # (K, E)
-    conv_bias: np.ndarray  # (1, E)
-    taps: tuple[int, ...]
-    x_proj: Tensor  # (E, N + N + R): columns of B, C, dt
-    dt_weight: np.ndarray  # (R, E)
-    dt_bias: np.ndarray  # (1, E)
-    A2: np.ndarray  # (N, E), times log2(e)
-    D: np.ndarray  # (1, E)
-    states: int  # N before padding
-    reverse: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Branch:
-    norm_weight: np.ndarray  # (D,)
-    norm_eps: np.float32
-    in_proj_x: Tensor  # (D, E)
-    in_proj_z: Tensor  # (D, E)
-    out_proj: Tensor  # (E, D), times the branch's scale
-    directions: tuple[_Direction, ...]
-    channels: int  # E before padding
-
-
 class _Chunk:
     """One branch at work on a chunk of T tokens."""
 
     def __init__(
         self,
         team: Team,
-        branch: _Branch,
-        directions: tuple[_Direction, ...],
+        branch: CpuBranch,
+        directions: tuple[CpuDirection, ...],
         number: int,
         tokens: int,
         tile: int,
@@ -204,12 +180,13 @@ class _Chunk:
             inner = normed[halo : rows - halo]
             torch.mm(inner, branch.in_proj_z, out=self._z[start:stop])
         for direction, c, projected in zip(self._directions, self._c, self._projected):
+            width = len(direction.conv_weight)
             conv_rows(
                 _bits(x),
                 direction.conv_weight,
                 direction.conv_bias,
-                direction.taps,
-                halo,
+                tuple(range(width)),
+                halo if direction.reverse_conv else halo + 1 - width,
                 _bits(c[start:stop]),
             )
             target = projected[start:stop]
@@ -268,37 +245,3 @@ def _bits(tensor: Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
     return tensor.numpy()
-
-
-def _prepare_direction(direction: Direction, product: torch.dtype) -> _Direction:
-    rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
-    dt, B, C = torch.split_with_sizes(direction.x_proj, (rank, states, states))
-    rows = [padded(B, 0, STATE_MULTIPLE), padded(C, 0, STATE_MULTIPLE), padded(dt, 0, LANES)]
-    x_proj = padded(torch.cat(rows), 1, LANES)
-    A2 = padded(direction.A.detach().T.float() * math.log2(math.e), 1, LANES)
-    return _Direction(
-        conv_weight=padded(direction.conv_weight.T, 1, LANES).numpy(),
-        conv_bias=padded(direction.conv_bias[None], 1, LANES).numpy(),
-        taps=tap_offsets(direction.conv_weight.shape[1], reverse=direction.reverse_conv),
-        x_proj=x_proj.T.contiguous().to(product),
-        dt_weight=padded(direction.dt_weight.T, 1, LANES).numpy(),
-        dt_bias=padded(direction.dt_bias[None], 1, LANES).numpy(),
-        A2=padded(A2, 0, STATE_MULTIPLE).numpy(),
-        D=padded(direction.D[None], 1, LANES).numpy(),
-        states=states,
-        reverse=direction.reverse,
-    )
-
-
-def _prepare_branch(branch: Branch, product: torch.dtype) -> _Branch:
-    channels = branch.out_proj.shape[1]
-    x, z = (padded(half, 0, LANES) for half in branch.in_proj.chunk(2))
-    return _Branch(
-        norm_weight=branch.norm_weight.detach().float().contiguous().numpy(),
-        norm_eps=np.float32(branch.norm_eps),
-        in_proj_x=x.T.contiguous().to(product),
-        in_proj_z=z.T.contiguous().to(product),
-        out_proj=(padded(branch.out_proj, 1, LANES) * branch.scale).T.contiguous().to(product),
-        directions=tuple(_prepare_direction(d, product) for d in branch.directions),
-        channels=channels,
-    )

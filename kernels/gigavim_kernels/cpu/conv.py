@@ -12,23 +12,34 @@ _TILE = 32
 
 @intrinsic
 def _convolve(
-    typing: Any, x: Any, weight: Any, bias: Any, taps: Any, out: Any,
+    typing: Any, x: Any, weight: Any, bias: Any, window: Any, out: Any,
     first: Any, count: Any, row: Any, column: Any,
 ) -> Any:  # fmt: skip
-    """Write silu(bias + sum over j of weight[j] x[token + taps[j]]) of a tile of tokens."""
-    kinds = (x, weight, bias, taps, out, first, count, row, column)
+    """Write silu(bias + sum over j of weight[j] x[token + start + j]) of a tile of tokens.
+
+    weight: (K, E), as many rows as the tuple `window` has entries. Each row of x is loaded once.
+    """
+    kinds = (x, weight, bias, window, out, first, count, row, column)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Value:
         simd = Simd(context, builder)
         x, weight, bias, out = (Rows(simd, kinds[i], values[i]) for i in (0, 1, 2, 4))
         first, count, row, column = values[5:]
-        places = [builder.extract_value(values[3], j) for j in range(taps.count)]
-        weights = [weight.load(simd.index(j), column) for j in range(taps.count)]
+        width = window.count
+        weights = [weight.load(simd.index(j), column) for j in range(width)]
         bias_row = bias.load(simd.index(0), column)
+        held = [
+            simd.variable(x.load(builder.add(first, simd.index(j)), column))
+            for j in range(width - 1)
+        ]
+        newest = builder.add(first, simd.index(width - 1))
         with simd.loop(count) as i:
-            token, total = builder.add(first, i), bias_row
-            for place, tap in zip(places, weights):
-                total = simd.fma(tap, x.load(builder.add(token, place), column), total)
+            rows = [h.get() for h in held] + [x.load(builder.add(newest, i), column)]
+            total = bias_row
+            for tap, row_of_x in zip(weights, rows):
+                total = simd.fma(tap, row_of_x, total)
+            for h, row_of_x in zip(held, rows[1:]):
+                h.set(row_of_x)
             out.store(builder.add(row, i), column, simd.silu(total))
         return context.get_dummy_value()
 
@@ -36,22 +47,16 @@ def _convolve(
 
 
 @jit
-def conv_rows(x: Any, weight: Any, bias: Any, taps: Any, first: Any, out: Any) -> None:
-    """Convolve the rows of x that begin at `first` into all rows of `out`.
+def conv_rows(x: Any, weight: Any, bias: Any, window: Any, first: Any, out: Any) -> None:
+    """Convolve rows of x into all rows of `out`; row i of `out` sees x[first + i : ... + K].
 
     Args:
-        x: (rows, E) float32 or bfloat16 bits, E a multiple of 16; every tap must fall inside.
-        weight: (K, E); bias: (1, E), float32.
-        taps: K offsets in rows from the current token, see `tap_offsets`.
-        out: (T, E), its row 0 belongs to row `first` of x.
+        x: (rows, E) float32 or bfloat16 bits, E a multiple of 16.
+        weight: (K, E), in the order of the rows it meets; bias: (1, E), float32.
+        window: a tuple of K entries, from which the kernel learns K.
+        out: (T, E), of the kind of x.
     """
     for done in range(0, out.shape[0], _TILE):
         count = min(np.int64(_TILE), out.shape[0] - done)
         for column in range(0, out.shape[1], LANES):
-            _convolve(x, weight, bias, taps, out, first + done, count, np.int64(done), column)
-
-
-def tap_offsets(width: int, *, reverse: bool) -> tuple[int, ...]:
-    """Where the taps of a (anti-)causal kernel fall; the last one meets the current token."""
-    causal = range(1 - width, 1)
-    return tuple(-offset for offset in causal) if reverse else tuple(causal)
+            _convolve(x, weight, bias, window, out, first + done, count, np.int64(done), column)

@@ -6,20 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigavim_kernels.cpu.conv import conv_rows, tap_offsets
+from gigavim_kernels.cpu.conv import conv_rows
+from gigavim_kernels.cpu.layout import STATE_MULTIPLE, ordered_taps, padded
 from gigavim_kernels.cpu.scan import scan_channels, state_block
 from gigavim_kernels.cpu.simd import LANES
 from gigavim_kernels.naive import ScanResult
-
-STATE_MULTIPLE = 8
-
-
-def padded(tensor: Tensor, dim: int, multiple: int) -> Tensor:
-    """Return a contiguous float32 copy, its size along a dim raised to a multiple with zeros."""
-    dim %= tensor.ndim
-    missing = -tensor.shape[dim] % multiple
-    widths = [0, 0] * (tensor.ndim - 1 - dim) + [0, missing]
-    return F.pad(tensor.detach().float(), widths).contiguous()
 
 
 @torch.no_grad()
@@ -67,8 +58,7 @@ def causal_conv(
     beyond = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if halo is None else halo
     rows = padded(torch.cat((x, beyond) if reverse else (beyond, x), 1), 2, LANES)
     out = torch.empty(x.shape[0], x.shape[1], rows.shape[2])
-    taps, first = tap_offsets(width, reverse=reverse), 0 if reverse else width - 1
-    weights, biases = padded(weight.T, 1, LANES).numpy(), padded(bias[None], 1, LANES).numpy()
+    weights, biases = ordered_taps(weight, reverse=reverse), padded(bias[None], 1, LANES).numpy()
     for source, target in zip(rows, out):
-        conv_rows(source.numpy(), weights, biases, taps, first, target.numpy())
+        conv_rows(source.numpy(), weights, biases, tuple(range(width)), 0, target.numpy())
     return out[..., : x.shape[2]].contiguous()

@@ -4,7 +4,7 @@ LLVM maps <16 x float> to one AVX-512, two AVX or four NEON registers, so one so
 processor, and the compiler's own choice of a vector width plays no part.
 
 Arrays of uint16 hold the bits of bfloat16: loads widen them to float32, stores round them to the
-nearest, ties to even.
+nearest, ties away from zero.
 
 The exponential rounds its argument by adding and subtracting 1.5 * 2^23. Reassociation would fold
 that away without a word, so no operation here carries the flags that allow it, nor those that
@@ -240,11 +240,8 @@ class Rows:
         if not self._half:
             b.store(value, self._pointer(row, column, _FLOATS), align=4)
             return
-        bits = b.bitcast(value, _INTS)
-        odd = b.and_(b.lshr(bits, simd.ints(16)), simd.ints(1))
-        rounded = b.lshr(b.add(bits, b.add(odd, simd.ints(0x7FFF))), simd.ints(16))
-        number = b.fcmp_ordered("==", value, value)
-        halves = b.trunc(b.select(number, rounded, simd.ints(0x7FC0)), _HALVES)
+        bits = b.add(b.bitcast(value, _INTS), simd.ints(0x8000))
+        halves = b.trunc(b.lshr(bits, simd.ints(16)), _HALVES)
         b.store(halves, self._pointer(row, column, _HALVES), align=2)
 
     def splat(self, row: Value, column: Value) -> Value:
