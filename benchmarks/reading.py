@@ -1,8 +1,8 @@
 """How fast slides are read: `python -m benchmarks.reading [--json FILE]`.
 
 A slide of about 16k x 16k px is made of a real slide's own tiles, repeated: the compressed bytes
-are copied, nothing is encoded again. Four ways of getting all its pixels are timed in turn, the best
-of several runs each, in megapixels per second:
+are copied, nothing is encoded again. Four ways of getting all its pixels are timed in turn, the
+best of several runs each, in megapixels per second:
 
 - bare: the same tiles' bytes, in memory, through the JPEG decoder, and nothing else;
 - openslide: `read_region` over 512-px blocks, one handle per thread;

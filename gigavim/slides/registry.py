@@ -50,7 +50,9 @@ READERS: dict[str, Reader] = {
     ),
     "tiff": Reader(
         "gigavim.slides.tiff:TiffSlide",
-        lambda source: {"tiff": 1, "geotiff": 2, "vendor tiff": 2}.get(source.kind, 0),
+        lambda source: {"tiff": 1, "damaged tiff": 1, "geotiff": 2, "vendor tiff": 2}.get(
+            source.kind, 0
+        ),
     ),
     "openslide": Reader(
         "gigavim.slides.openslide_reader:OpenSlideSlide",
@@ -60,7 +62,9 @@ READERS: dict[str, Reader] = {
     ),
     "image": Reader(
         "gigavim.slides.image:ImageSlide",
-        lambda source: {"image": 1, "georeferenced image": 2, "tiff": 3}.get(source.kind, 0),
+        lambda source: {"image": 1, "georeferenced image": 2, "damaged tiff": 2, "tiff": 3}.get(
+            source.kind, 0
+        ),
     ),
 }
 

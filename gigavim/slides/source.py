@@ -3,8 +3,9 @@
 import difflib
 import logging
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gigavim.errors import CorruptSlideError, SlideError, UnsupportedSlideError
 
@@ -15,6 +16,7 @@ Kind = Literal[
     "dicom",
     "tiff",
     "vendor tiff",
+    "damaged tiff",
     "geotiff",
     "jpeg2000",
     "image",
@@ -34,6 +36,15 @@ GEO_SIDECARS = (".aux.xml", ".wld", ".jgw", ".pgw", ".bpw", ".jpw", ".tfw")
 GEO_TAGS = frozenset((33550, 33922, 34264, 34735))
 VENDOR_SUFFIXES = frozenset((".ndpi", ".scn", ".bif"))
 NDPI_TAG = 65420
+
+GUARDED_PAGES = 64
+
+MAX_TILE_PX = 1 << 26
+
+MAX_UNPROVEN_PX = 100_000_000
+MAX_PX_PER_BYTE = 20_000
+"""More pixels than this to a byte of the file are believed of small images only; blank tiles of the
+best codecs reach half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +115,38 @@ def _kind_by_openslide(path: Path) -> Kind:
 def _kind_of_tiff(path: Path) -> Kind:
     import tifffile
 
-    # On damaged headers tifffile raises whatever comes; the reader says what it is.
     try:
         with tifffile.TiffFile(path) as tiff:
+            for page in islice(tiff.pages, GUARDED_PAGES):
+                _refuse_impossible(path, page, tiff.filehandle.size)
             page = tiff.pages.first
             if GEO_TAGS & {tag.code for tag in page.tags} or path.with_suffix(".tfw").exists():
                 return "geotiff"
             vendor = tiff.is_ndpi or NDPI_TAG in page.tags or page.is_scn or page.is_bif
             if vendor or page.is_philips or path.suffix.lower() in VENDOR_SUFFIXES:
                 return "vendor tiff"
+            return "tiff"
+    except SlideError:
+        raise
+    # On damaged headers tifffile raises whatever comes; the direct reader says what it is.
     except Exception as error:
         log.debug("%s: %s", path, error)
-    return "tiff"
+        return "damaged tiff"
+
+
+def _refuse_impossible(path: Path, page: Any, file_bytes: int) -> None:
+    """Keep sizes that no file keeps from libraries that end the process when memory runs out."""
+    if not hasattr(page, "imagewidth"):
+        return
+    pixels = page.imagewidth * page.imagelength
+    tile_px = page.tilewidth * page.tilelength if page.is_tiled else 0
+    too_many = pixels > MAX_UNPROVEN_PX and pixels > MAX_PX_PER_BYTE * file_bytes
+    if too_many or tile_px > MAX_TILE_PX:
+        tiles = f" in tiles of {page.tilewidth} x {page.tilelength}" if tile_px else ""
+        raise CorruptSlideError(
+            f"{path}: claims {page.imagewidth} x {page.imagelength} px{tiles} in a file of "
+            f"{file_bytes} bytes, which cannot be; export it again"
+        )
 
 
 def _kind_of_directory(path: Path) -> Kind:

@@ -214,11 +214,11 @@ def _decoder(
         return plain
     if page.compression in (33003, 33004):
         raise UnsupportedSlideError(
-            f"{page.parent.filename}: has JPEG 2000 tiles in YCbCr, which OpenSlide should read"
+            f"{page.parent.filehandle.path}: has JPEG 2000 tiles in YCbCr, which OpenSlide should read"
         )
     if page.is_subsampled and page.compression not in (6, 7, 34892, 33007):
         raise UnsupportedSlideError(
-            f"{page.parent.filename}: has subsampled colours without JPEG; convert it to RGB"
+            f"{page.parent.filehandle.path}: has subsampled colours without JPEG; convert it to RGB"
         )
     tables, header = page.jpegtables, page.jpegheader
     colours = page.photometric in (2, 6) and page.samplesperpixel == 3 and page.planarconfig == 1

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tifffile
 
 from gigavim.errors import CorruptSlideError, SlideError, UnsupportedSlideError
-from gigavim.slides.pixels import SampleLayout
+from gigavim.slides.pixels import NotAPictureError, SampleLayout
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,11 @@ MAX_COMPRESSION_RATIO = 4000
 
 RAW_STRIP_BYTES = 1 << 20
 """Uncompressed images of one huge strip are read in pieces of about this size."""
+
+MOST_MISSING = 100
+"""An uncompressed image is refused if its pixels take this many times the file's size."""
+
+CMYK = 5
 
 AUXILIARY = ("label", "macro", "thumbnail", "overview", "map")
 
@@ -202,6 +207,12 @@ def _level(path: Path, tiff: Any, series: Any, leading: str, channels: int) -> T
         width, height, segment_width, segment_height, columns, rows, tuple(planes), raw_dtype
     )
     if raw_dtype is not None:
+        claimed = width * height * samples * raw_dtype.itemsize
+        if claimed > MOST_MISSING * tiff.filehandle.size:
+            raise CorruptSlideError(
+                f"{path}: claims {width} x {height} uncompressed px in a file of "
+                f"{tiff.filehandle.size} bytes; it was cut off, copy it again"
+            )
         level = _cut_strips(level, width * samples * raw_dtype.itemsize)
         segment_bytes = level.segment_height * width * samples * raw_dtype.itemsize
     _check_segments(path, level, segment_bytes, tiff.filehandle.size)
@@ -329,10 +340,11 @@ def _layout(page: Any, channels: int, channels_shown: bool) -> SampleLayout:
         alpha_band = samples - 1
     kind = {0: "inverted", 1: "grey", 2: "rgb", 3: "palette", 4: "grey", 6: "rgb"}.get(photometric)
     if kind is None:
-        raise UnsupportedSlideError(
-            f"{page.parent.filename}: has colours of photometric kind {photometric}, which are not "
-            "read; convert it to RGB"
-        )
+        what = f"{page.parent.filehandle.path}: has colours of photometric kind {photometric}, which are"
+        if photometric == CMYK and samples == 4:
+            raise UnsupportedSlideError(f"{what} not read here; convert it to RGB")
+        # Other readers would take these numbers for red, green and blue.
+        raise NotAPictureError(f"{what} not read; convert it to RGB")
     palette = None
     if kind == "palette" and channels_shown:
         kind = "grey"
@@ -355,7 +367,7 @@ def _layout(page: Any, channels: int, channels_shown: bool) -> SampleLayout:
 def _palette(page: Any) -> npt.NDArray[np.uint8]:
     colormap = np.asarray(page.colormap)  # (3, entries)
     if colormap.ndim != 2 or colormap.shape[0] != 3:
-        raise CorruptSlideError(f"{page.parent.filename}: has a palette without colours")
+        raise CorruptSlideError(f"{page.parent.filehandle.path}: has a palette without colours")
     if colormap.dtype.itemsize > 1 and colormap.max() > 255:
         colormap = colormap >> 8
     return np.ascontiguousarray(colormap.T.astype(np.uint8))

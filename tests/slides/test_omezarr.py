@@ -34,7 +34,9 @@ def write(path, planes_yxc, axes, *, version="0.5", omero=None, unit="micrometer
         }
         for level in range(2)
     ]
-    shown = [{"name": a, "type": KINDS[a], **({"unit": units[a]} if a != "c" else {})} for a in axes]
+    shown = [
+        {"name": a, "type": KINDS[a], **({"unit": units[a]} if a != "c" else {})} for a in axes
+    ]
     metadata = {"multiscales": [{"axes": shown, "datasets": datasets, "version": version}]}
     if omero:
         metadata["omero"] = omero

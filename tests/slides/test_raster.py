@@ -42,7 +42,9 @@ def test_georeference_levels_and_pixels(tmp_path, picture):
         assert (slide.mpp.x, slide.mpp.y, slide.mpp.source) == (250_000, 250_000, "crs")
         assert slide.georeference.transform == (0.25, 0.0, 500_000, 0.0, -0.25, 5_000_000)
         assert "UTM zone 33N" in slide.georeference.crs_wkt
-        np.testing.assert_array_equal(slide.read_level(0, 100, 50, 300, 200), pixels[50:250, 100:400])
+        np.testing.assert_array_equal(
+            slide.read_level(0, 100, 50, 300, 200), pixels[50:250, 100:400]
+        )
         with rasterio.open(path, overview_level=0) as half:
             expected = np.moveaxis(half.read(), 0, -1)
         np.testing.assert_array_equal(slide.read_level(1, 0, 0, 351, 258), expected)
@@ -96,9 +98,7 @@ def test_internal_mask_is_background(tmp_path, picture):
     pixels = picture(300, 300)
     mask = np.full((300, 300), 255, np.uint8)
     mask[:, :100] = 0
-    path = write(
-        tmp_path / "m.tif", pixels, mask=mask, overviews=[2], photometric="rgb", **UTM
-    )
+    path = write(tmp_path / "m.tif", pixels, mask=mask, overviews=[2], photometric="rgb", **UTM)
     with open_slide(path) as slide:
         read = slide.read_level(0, 0, 0, 300, 300)
         assert (slide.read_level(1, 0, 0, 50, 150) == 255).all()
