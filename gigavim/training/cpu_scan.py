@@ -3,8 +3,8 @@
 They compute what `gigavim_kernels.naive` specifies in float32 for N = 16, K = 4, channels a
 multiple of 16, a zero initial state, and decay rates in the ratio 1 : 2 : ... : 16 as at
 initialisation; about twenty times faster than plain torch, on one thread that does not hold the
-interpreter lock. The forward pass keeps the hidden state at every sixteenth token; the backward pass replays the sixteen
-tokens of a tile from it, tile by tile from the end.
+interpreter lock. The forward pass keeps the hidden state at every sixteenth token; the backward
+pass replays the sixteen tokens of a tile from it, tile by tile from the end.
 """
 
 from typing import Any, cast

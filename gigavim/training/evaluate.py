@@ -93,8 +93,12 @@ def by_image(
     order: ScanOrder,
     mean: Sequence[float],
     std: Sequence[float],
-) -> dict[str, float]:
-    """Segment every crop by itself: mean Dice of nuclei, also by slide; pooled Dice and IoU."""
+) -> tuple[dict[str, float], list[float]]:
+    """Segment every crop by itself, about a thousand tokens each.
+
+    Returns:
+        Mean Dice of nuclei, also by slide, pooled Dice and IoU; the Dice of every crop.
+    """
     predictions = [predict(model, crop.image, order, mean, std).long() for crop in shown]
     scores = [dice(p, crop.labels) for p, crop in zip(predictions, shown, strict=True)]
     result = {"nuclei_dice_per_image": float(np.mean(scores))}
@@ -106,12 +110,13 @@ def by_image(
     result["nuclei_dice_pooled"] = dice(pooled, truth)
     result["background_iou"] = iou(pooled, truth, BACKGROUND)
     result["tissue_iou"] = iou((pooled > 0).long(), (truth > 0).long(), 1)
-    return result
+    return result, scores
 
 
 def by_length(
     model: SegmentationModel,
     shown: Sequence[Crop],
+    alone: Sequence[float],
     order: ScanOrder,
     mean: Sequence[float],
     std: Sequence[float],
@@ -120,21 +125,26 @@ def by_length(
 ) -> dict[str, float]:
     """Lay the crops out as one square mosaic (repeated as needed) and segment it in one sequence.
 
+    Args:
+        alone: the Dice of every crop segmented by itself.
+
     Returns:
-        Tokens; mean Dice per field of the mosaic; pooled Dice in the outer ring of tokens of every
-        block and inside.
+        Tokens; mean Dice per field of the mosaic and of the same fields alone; pooled Dice in the
+        outer ring of tokens of every block and inside.
     """
     side = shown[0].image.shape[1]
     count = fields_per_side
     mosaic = torch.empty(3, count * side, count * side)
     truth = torch.empty(count * side, count * side, dtype=torch.int64)
-    windows = []
+    windows, used = [], []
+    stride = 5  # neighbours come from other slides
     for place in range(count * count):
-        crop = shown[place % len(shown)]
+        crop = shown[place * stride % len(shown)]
         y, x = (k * side for k in divmod(place, count))
         window = (slice(y, y + side), slice(x, x + side))
         mosaic[:, *window], truth[window] = crop.image, crop.labels
         windows.append(window)
+        used.append(alone[place * stride % len(shown)])
     predicted = predict(model, mosaic, order, mean, std).long()
     scores = [dice(predicted[window], truth[window]) for window in windows]
     inside = _inside_blocks(count * side, model.head.patch_px, order)
@@ -143,6 +153,7 @@ def by_length(
     return {
         "tokens": float((blocks * (order.block or 1)) ** 2),
         "nuclei_dice_per_image": float(np.mean(scores)),
+        "nuclei_dice_same_images_alone": float(np.mean(used)),
         "nuclei_dice_block_border": dice(predicted[ring], truth[ring]),
         "nuclei_dice_block_inside": dice(predicted[~ring], truth[~ring]),
     }

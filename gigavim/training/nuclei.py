@@ -41,9 +41,10 @@ DATA = (
 DESCRIPTION = (
     "Background, tissue and nuclei on H&E at 0.5 um per pixel. Vim nano, one sequence in blocks of "
     "16 x 16 tokens. Nuclei are semantic: touching nuclei are one region. Background is "
-    "what is bright (smoothed darkest channel at least 0.88 of empty glass) and colourless (channels "
-    "within 0.075 of it): empty lumina and fat too. The pixel size of the training fields is not "
-    "published; training covers 0.16 to 0.27 um, the metrics take 0.23. Not for diagnosis."
+    "what is bright (smoothed darkest channel at least 0.88 of empty glass) and colourless "
+    "(channels within 0.075 of it): empty lumina and fat too. The pixel size of the training "
+    "fields is not published; training covers 0.16 to 0.27 um, the metrics take 0.23. "
+    "Not for diagnosis."
 )
 
 
@@ -128,7 +129,7 @@ def train_command(
             loop.save(checkpoint, model, progress)
             averaged = new_model()
             averaged.load_state_dict(progress.average)
-            scores = evaluate.by_image(averaged, shown, ORDER, MEAN, STD)
+            scores, _ = evaluate.by_image(averaged, shown, ORDER, MEAN, STD)
             log.info(
                 "step %d %s", progress.step, json.dumps({k: round(v, 4) for k, v in scores.items()})
             )
@@ -209,19 +210,17 @@ def measure(model: SegmentationModel, held_out: Fields) -> dict[str, float]:
     torch.set_float32_matmul_precision("highest")
     torch.set_flush_denormal(True)
     shown = evaluate.crops(held_out)
-    scores = evaluate.by_image(model, shown, ORDER, MEAN, STD)
-    finer = evaluate.by_image(model, evaluate.crops(held_out, field_mpp=0.18), ORDER, MEAN, STD)
+    scores, alone = evaluate.by_image(model, shown, ORDER, MEAN, STD)
+    finer, _ = evaluate.by_image(model, evaluate.crops(held_out, field_mpp=0.18), ORDER, MEAN, STD)
     scores["nuclei_dice_if_field_mpp_0.18"] = finer["nuclei_dice_per_image"]
     torch.set_float32_matmul_precision("medium")
-    rounded = evaluate.by_image(model, shown, ORDER, MEAN, STD)
+    rounded, _ = evaluate.by_image(model, shown, ORDER, MEAN, STD)
     scores["nuclei_dice_bfloat16"] = rounded["nuclei_dice_per_image"]
     torch.set_float32_matmul_precision("highest")
-    for label, side in (("1k", 1), ("10k", 3), ("100k", 11)):
-        if side == 1:
-            row = {"tokens": 1024.0, "nuclei_dice_per_image": scores["nuclei_dice_per_image"]}
-        else:
-            row = evaluate.by_length(model, shown, ORDER, MEAN, STD, fields_per_side=side)
-        scores |= {f"{key}_{label}_tokens": value for key, value in row.items()}
+    for side in (3, 11):
+        row = evaluate.by_length(model, shown, alone, ORDER, MEAN, STD, fields_per_side=side)
+        tokens = row.pop("tokens")
+        scores |= {f"{key}_{tokens:.0f}_tokens": value for key, value in row.items()}
     return scores
 
 

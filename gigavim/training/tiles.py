@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gigavim.training.lanes import I64, LANES, Lanes
+from gigavim.training.lanes import I64, Lanes
+from gigavim_kernels.cpu.simd import LANES
 
 STATES = 16
 """States per channel (N): these kernels are written for the published value."""
@@ -87,10 +88,7 @@ def _scan_forward(v: Lanes, p: dict[str, Any]) -> None:
 
     def prepare(k: Any) -> None:
         _prefetch(v, p, k, "x dt z", "y")
-        v.prefetch(
-            v.at(p["saved"], v.builder.mul(v.builder.add(k, v.index(STATES)), p["ld_h"])),
-            write=True,
-        )
+        v.prefetch(v.row(p["saved"], v.builder.add(k, v.index(STATES)), p["ld_h"]), write=True)
         z = v.load(v.row(p["z"], k, p["ld_z"]))
         v.store(v.row(gates, k, width), v.mul(z, v.sigmoid(z)))
         delta = v.softplus(v.add(v.load(v.row(p["dt"], k, p["ld_dt"])), bias))
@@ -126,7 +124,7 @@ def _scan_backward(v: Lanes, p: dict[str, Any]) -> None:
 
     def prepare(k: Any) -> None:
         _prefetch(v, p, k, "x dt z dy", "dx ddt dz")
-        v.prefetch(v.at(p["saved"], v.builder.mul(v.builder.sub(k, v.index(STATES)), p["ld_h"])))
+        v.prefetch(v.row(p["saved"], v.builder.sub(k, v.index(STATES)), p["ld_h"]))
         z, dy = v.load(v.row(p["z"], k, p["ld_z"])), v.load(v.row(p["dy"], k, p["ld_dy"]))
         s = v.sigmoid(z)
         gate = v.mul(z, s)

@@ -63,7 +63,7 @@ def test_nothing_to_pack_is_said(tmp_path):
 
 def test_labels_stay_on_their_pixels(synthetic_fields):
     """Whatever is drawn, nuclei are darker in red than the tissue around them."""
-    for seed in range(8):
+    for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         image, labels = canvas(sources(synthetic_fields), 128, 256, generator)
         assert image.shape == (3, 128, 256)

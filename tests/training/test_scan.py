@@ -11,7 +11,7 @@ from gigavim_kernels import naive
 
 
 def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(
