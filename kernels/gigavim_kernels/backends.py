@@ -33,25 +33,33 @@ def _make_numba(
     return CpuBlock(block, precision=precision, threads=threads)
 
 
-MAKERS: dict[str, Maker] = {"numba": _make_numba, "torch": _make_torch}
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("numba", "torch")}
+def _make_triton(
+    block: BlockWeights, device: torch.device, precision: Precision, threads: int | None
+) -> BlockKernel:
+    from gigavim_kernels.cuda.block import CudaBlock
+
+    return CudaBlock(block, device=device, precision=precision)
+
+
+MAKERS: dict[str, Maker] = {"numba": _make_numba, "triton": _make_triton, "torch": _make_torch}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("numba", "torch"), "cuda": ("triton", "torch")}
 """Backends by device type, the best first; every other device runs plain torch."""
 
 
 @functools.cache
-def _numba_works() -> bool:
+def _works(compiler: str) -> bool:
     try:
-        importlib.import_module("numba")
+        importlib.import_module(compiler)
     except ImportError as error:  # no wheel for this platform, or one that refuses this numpy
-        logger.warning("numba is not usable (%s): the slower torch kernels run instead", error)
+        logger.warning("%s is not usable (%s): the slower torch kernels run", compiler, error)
         return False
     return True
 
 
 def backend_name(device: torch.device | str) -> str:
-    """Return the name of the backend that runs on a device: "numba" or "torch"."""
+    """Return the name of the backend that runs on a device: "numba", "triton" or "torch"."""
     for name in BACKENDS.get(torch.device(device).type, ("torch",)):
-        if name != "numba" or _numba_works():
+        if name == "torch" or _works(name):
             return name
     return "torch"
 

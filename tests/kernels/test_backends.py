@@ -12,10 +12,10 @@ from gigavim_kernels import backends
 @pytest.fixture
 def without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    backends._numba_works.cache_clear()
+    backends._works.cache_clear()
     yield
     monkeypatch.undo()
-    backends._numba_works.cache_clear()
+    backends._works.cache_clear()
 
 
 def test_cpu_runs_numba_where_it_is_installed():

@@ -5,8 +5,6 @@ holds whole channels, the sum over the states needs no exchange between threads,
 the plain one of a row of channels.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -14,7 +12,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def softplus(x: Any) -> Any:
+def softplus(x: tl.tensor) -> tl.tensor:
     """max(x, 0) + log(1 + exp(-|x|)), accurate to float32's rounding for any x.
 
     log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3: six terms of the series suffice. A plain
@@ -29,25 +27,25 @@ def softplus(x: Any) -> Any:
 
 
 @triton.jit
-def sigmoid(x: Any) -> Any:
+def sigmoid(x: tl.tensor) -> tl.tensor:
     """Logistic function."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
 
 
 @triton.jit
-def row(p_row: Any, o_e: Any, m_e: Any) -> Any:
+def row(p_row: tl.tensor, o_e: tl.tensor, m_e: tl.tensor) -> tl.tensor:
     """Load the channels o_e of a token."""
     return tl.load(p_row + o_e, mask=m_e, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def step_size(p_dt: Any, bias: Any, o_e: Any, m_e: Any) -> Any:
+def step_size(p_dt: tl.tensor, bias: tl.tensor, o_e: tl.tensor, m_e: tl.tensor) -> tl.tensor:
     """softplus(dt + bias) of a token's channels."""
     return softplus(row(p_dt, o_e, m_e) + bias)
 
 
 @triton.jit
-def zeros(like: Any, N: tl.constexpr) -> Any:
+def zeros(like: tl.tensor, N: tl.constexpr) -> tl.tensor:
     """States of zero."""
     states = ()
     for _ in tl.static_range(N):
@@ -56,7 +54,9 @@ def zeros(like: Any, N: tl.constexpr) -> Any:
 
 
 @triton.jit
-def load_states(p: Any, o_e: Any, m_e: Any, stride: Any, N: tl.constexpr) -> Any:
+def load_states(
+    p: tl.tensor, o_e: tl.tensor, m_e: tl.tensor, stride: tl.tensor, N: tl.constexpr
+) -> tl.tensor:
     """Load N tensors that lie `stride` apart, each at offsets o_e."""
     states = ()
     for n in tl.static_range(N):
@@ -66,14 +66,21 @@ def load_states(p: Any, o_e: Any, m_e: Any, stride: Any, N: tl.constexpr) -> Any
 
 
 @triton.jit
-def store_states(p: Any, o_e: Any, m_e: Any, stride: Any, states: Any, N: tl.constexpr) -> Any:
+def store_states(
+    p: tl.tensor,
+    o_e: tl.tensor,
+    m_e: tl.tensor,
+    stride: tl.tensor,
+    states: tl.tensor,
+    N: tl.constexpr,
+) -> tl.tensor:
     """Store what `load_states` loads."""
     for n in tl.static_range(N):
         tl.store(p + n * stride + o_e, states[n], mask=m_e)
 
 
 @triton.jit
-def exponents(p_a: Any, o_e: Any, m_e: Any, N: tl.constexpr) -> Any:
+def exponents(p_a: tl.tensor, o_e: tl.tensor, m_e: tl.tensor, N: tl.constexpr) -> tl.tensor:
     """A times log2(e), from (E, N): exp(A dt) is exp2 of it times dt."""
     scaled = ()
     for n in tl.static_range(N):
@@ -83,7 +90,14 @@ def exponents(p_a: Any, o_e: Any, m_e: Any, N: tl.constexpr) -> Any:
 
 
 @triton.jit
-def advance(states: Any, a: Any, delta: Any, drive: Any, p_b: Any, N: tl.constexpr) -> Any:
+def advance(
+    states: tl.tensor,
+    a: tl.tensor,
+    delta: tl.tensor,
+    drive: tl.tensor,
+    p_b: tl.tensor,
+    N: tl.constexpr,
+) -> tl.tensor:
     """One step of the recurrence: exp(A delta) h + drive B, with the token's N numbers at p_b."""
     new = ()
     for n in tl.static_range(N):
@@ -93,7 +107,7 @@ def advance(states: Any, a: Any, delta: Any, drive: Any, p_b: Any, N: tl.constex
 
 
 @triton.jit
-def project(states: Any, p_c: Any, N: tl.constexpr) -> Any:
+def project(states: tl.tensor, p_c: tl.tensor, N: tl.constexpr) -> tl.tensor:
     """C . h of every channel, with the token's N numbers of C at p_c."""
     y = states[0] * tl.load(p_c).to(tl.float32)
     for n in tl.static_range(1, N):

@@ -1,6 +1,7 @@
 """What every kernel launch needs."""
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,3 +19,8 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def options(warps: int) -> dict[str, Any]:
     """Launch options: products and sums may fuse, as every tolerance of the tests allows."""
     return {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def reverse_bits(reverse: Sequence[bool]) -> int:
+    """Bit s is set if direction s is reversed."""
+    return sum(1 << s for s, r in enumerate(reverse) if r)

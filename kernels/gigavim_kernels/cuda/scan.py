@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gigavim_kernels.cuda import scan_kernels
-from gigavim_kernels.cuda.launch import on_device_of, options
+from gigavim_kernels.cuda.launch import on_device_of, options, reverse_bits
 from gigavim_kernels.cuda.plan import ScanPlan, multiprocessors, plan_scan
 
 COMBINE_CHANNELS = 128
@@ -64,16 +64,19 @@ def scan(
     starts = None
     if plan.chunks > 1:
         starts = enter_chunks(x, dt, A, B, dt_bias, first, last, decay, reverse, plan)
-    with on_device_of(x):
-        scan_kernels.chunk_outputs[(batch * plan.chunks * plan.blocks_e,)](
-            x, dt, A, B, C, D, z, dt_bias, starts, first, last, decay, y,
-            length, batch, plan.chunk, plan.chunks,
-            *x.stride()[:3], *dt.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-            *((0, 0) if z is None else z.stride()[:2]),
-            reverse_bits(reverse),
-            S=directions, E=channels, N=states, BE=plan.block_e, U=plan.unroll,
-            WHOLE=plan.chunks == 1, **options(1),
-        )  # fmt: skip
+    for i in range(directions):
+        final = i == directions - 1
+        with on_device_of(x):
+            scan_kernels.chunk_outputs[(batch * plan.chunks * plan.blocks_e,)](
+                x[i], dt[i], A[i], B[i], C[i], _at(D, i), z if final else None, _at(dt_bias, i),
+                _at(starts, i), _at(first, i), last[i], decay[i], y,
+                length, plan.chunk, plan.chunks, channels,
+                *x.stride()[1:3], *dt.stride()[1:3], *B.stride()[1:3], *C.stride()[1:3],
+                *((0, 0) if z is None else z.stride()[:2]),
+                int(reverse[i]),
+                N=states, BE=plan.block_e, U=plan.unroll,
+                WHOLE=plan.chunks == 1, ADD=i > 0, **options(1),
+            )  # fmt: skip
     return Scanned(y, last, decay, starts, plan)
 
 
@@ -117,10 +120,10 @@ def enter_chunks(
     with on_device_of(x):
         scan_kernels.chunk_ends[(directions * batch * plan.chunks * plan.blocks_e,)](
             x, dt, A, B, dt_bias, ends, sums,
-            length, batch, plan.chunk, plan.chunks,
+            length, batch, plan.chunk, plan.chunks, channels,
             *x.stride()[:3], *dt.stride()[:3], *B.stride()[:3],
             reverse_bits(reverse),
-            E=channels, N=states, BE=plan.block_e, U=plan.unroll, **options(1),
+            N=states, BE=plan.block_e, U=plan.unroll, **options(1),
         )  # fmt: skip
     combine(ends, sums, A, first, last, decay, reverse)
     return ends
@@ -140,14 +143,9 @@ def combine(
     blocks = -(-channels // COMBINE_CHANNELS)
     with on_device_of(ends):
         scan_kernels.combine[(directions * batch * states * blocks,)](
-            ends, sums, A, first, last, decay, batch, chunks, reverse_bits(reverse),
-            E=channels, N=states, BE=COMBINE_CHANNELS, U=COMBINE_UNROLL, **options(4),
+            ends, sums, A, first, last, decay, batch, chunks, channels, reverse_bits(reverse),
+            N=states, BE=COMBINE_CHANNELS, U=COMBINE_UNROLL, **options(4),
         )  # fmt: skip
-
-
-def reverse_bits(reverse: Sequence[bool]) -> int:
-    """Bit s is set if direction s is reversed."""
-    return sum(1 << s for s, r in enumerate(reverse) if r)
 
 
 def _plan(x: Tensor, states: int, chunk: int | None) -> ScanPlan:
@@ -155,3 +153,7 @@ def _plan(x: Tensor, states: int, chunk: int | None) -> ScanPlan:
     return plan_scan(
         batch, length, channels, states, multiprocessors=multiprocessors(x.device), chunk=chunk
     )
+
+
+def _at(tensor: Tensor | None, direction: int) -> Tensor | None:
+    return None if tensor is None else tensor[direction]

@@ -2,7 +2,7 @@
 
 1. `chunk_ends`: every chunk from a state of zero: its end state and its sum of steps.
 2. `combine`: the state at which every chunk is entered, from those and the initial state.
-3. `chunk_outputs`: outputs from known states; both directions, their sum and the gate at once.
+3. `chunk_outputs`: outputs from known states, per direction; the last one adds and gates.
 
 Only tokens within a chunk are in sequence; a single chunk needs the last launch alone.
 
@@ -11,8 +11,6 @@ of a program, o_ offset, m_ mask, s_ stride between directions (s), sequences (b
 Offsets along the sequence are 64 bits wide. Bit s of `reverse` is set if direction s scans from the
 last token to the first; chunks are numbered in token order either way.
 """
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -33,28 +31,28 @@ from gigavim_kernels.cuda.arithmetic import (
 
 @triton.jit
 def chunk_ends(
-    p_x: Any,
-    p_dt: Any,
-    p_a: Any,
-    p_b: Any,
-    p_bias: Any,
-    p_ends: Any,  # (S, B, K, N, E)
-    p_sums: Any,  # (S, B, K, E)
-    length: Any,
-    batch: Any,
-    chunk: Any,
-    chunks: Any,
-    s_xs: Any,
-    s_xb: Any,
-    s_xt: Any,
-    s_dts: Any,
-    s_dtb: Any,
-    s_dtt: Any,
-    s_bs: Any,
-    s_bb: Any,
-    s_bt: Any,
-    reverse: Any,
-    E: tl.constexpr,
+    p_x: tl.tensor,
+    p_dt: tl.tensor,
+    p_a: tl.tensor,
+    p_b: tl.tensor,
+    p_bias: tl.tensor,
+    p_ends: tl.tensor,  # (S, B, K, N, E)
+    p_sums: tl.tensor,  # (S, B, K, E)
+    length: tl.tensor,
+    batch: tl.tensor,
+    chunk: tl.tensor,
+    chunks: tl.tensor,
+    E: tl.tensor,
+    s_xs: tl.tensor,
+    s_xb: tl.tensor,
+    s_xt: tl.tensor,
+    s_dts: tl.tensor,
+    s_dtb: tl.tensor,
+    s_dtt: tl.tensor,
+    s_bs: tl.tensor,
+    s_bb: tl.tensor,
+    s_bt: tl.tensor,
+    reverse: tl.tensor,
     N: tl.constexpr,
     BE: tl.constexpr,
     U: tl.constexpr,
@@ -100,16 +98,16 @@ def chunk_ends(
 
 @triton.jit
 def combine(
-    p_ends: Any,  # (S, B, K, N, E), becomes the states at which the chunks are entered
-    p_sums: Any,  # (S, B, K, E)
-    p_a: Any,  # (S, E, N)
-    p_first: Any,  # (S, B, E, N) or None
-    p_last: Any,  # (S, B, E, N)
-    p_decay: Any,  # (S, B, E, N) or None
-    batch: Any,
-    chunks: Any,
-    reverse: Any,
-    E: tl.constexpr,
+    p_ends: tl.tensor,  # (S, B, K, N, E), becomes the states at which the chunks are entered
+    p_sums: tl.tensor,  # (S, B, K, E)
+    p_a: tl.tensor,  # (S, E, N)
+    p_first: tl.tensor,  # (S, B, E, N) or None
+    p_last: tl.tensor,  # (S, B, E, N)
+    p_decay: tl.tensor,  # (S, B, E, N) or None
+    batch: tl.tensor,
+    chunks: tl.tensor,
+    E: tl.tensor,
+    reverse: tl.tensor,
     N: tl.constexpr,
     BE: tl.constexpr,
     U: tl.constexpr,
@@ -152,122 +150,113 @@ def combine(
 
 @triton.jit
 def chunk_outputs(
-    p_x: Any,
-    p_dt: Any,
-    p_a: Any,
-    p_b: Any,
-    p_c: Any,
-    p_d: Any,
-    p_z: Any,
-    p_bias: Any,
-    p_starts: Any,  # (S, B, K, N, E)
-    p_first: Any,  # (S, B, E, N): instead of the starts if there is one chunk
-    p_last: Any,  # (S, B, E, N): written if there is one chunk
-    p_decay: Any,  # (S, B, E, N): likewise
-    p_y: Any,  # (B, L, E)
-    length: Any,
-    batch: Any,
-    chunk: Any,
-    chunks: Any,
-    s_xs: Any,
-    s_xb: Any,
-    s_xt: Any,
-    s_dts: Any,
-    s_dtb: Any,
-    s_dtt: Any,
-    s_bs: Any,
-    s_bb: Any,
-    s_bt: Any,
-    s_cs: Any,
-    s_cb: Any,
-    s_ct: Any,
-    s_zb: Any,
-    s_zt: Any,
-    reverse: Any,
-    S: tl.constexpr,
-    E: tl.constexpr,
+    p_x: tl.tensor,
+    p_dt: tl.tensor,
+    p_a: tl.tensor,
+    p_b: tl.tensor,
+    p_c: tl.tensor,
+    p_d: tl.tensor,
+    p_z: tl.tensor,  # None: no gate
+    p_bias: tl.tensor,
+    p_starts: tl.tensor,  # (B, K, N, E)
+    p_first: tl.tensor,  # (B, E, N): instead of the starts if there is one chunk
+    p_last: tl.tensor,  # (B, E, N): written if there is one chunk
+    p_decay: tl.tensor,  # (B, E, N): likewise
+    p_y: tl.tensor,  # (B, L, E)
+    length: tl.tensor,
+    chunk: tl.tensor,
+    chunks: tl.tensor,
+    E: tl.tensor,
+    s_xb: tl.tensor,
+    s_xt: tl.tensor,
+    s_dtb: tl.tensor,
+    s_dtt: tl.tensor,
+    s_bb: tl.tensor,
+    s_bt: tl.tensor,
+    s_cb: tl.tensor,
+    s_ct: tl.tensor,
+    s_zb: tl.tensor,
+    s_zt: tl.tensor,
+    reverse: tl.tensor,
     N: tl.constexpr,
     BE: tl.constexpr,
     U: tl.constexpr,
     WHOLE: tl.constexpr,
+    ADD: tl.constexpr,
 ) -> None:
-    """Outputs of one chunk: the directions one after the other, the last one adds and gates."""
+    """Outputs of one chunk of one direction; ADD adds those that are there already."""
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
-    i_chunk = tl.program_id(0) // tl.cdiv(E, BE)  # over (B, K)
+    i_chunk = (tl.program_id(0) // tl.cdiv(E, BE)).to(tl.int64)  # over (B, K)
     i_k = i_chunk % chunks
-    i_b = (i_chunk // chunks).to(tl.int64)
+    i_b = i_chunk // chunks
     o_e = i_e * BE + tl.arange(0, BE)
     m_e = o_e < E
-    start = i_k.to(tl.int64) * chunk
+    o_state = i_b * E * N
+    start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
+    p_x += i_b * s_xb
+    p_dt += i_b * s_dtb
+    p_b += i_b * s_bb
+    p_c += i_b * s_cb
     p_y += i_b * length * E
     p_z = p_z + i_b * s_zb if p_z is not None else p_z
 
-    for i_s in tl.static_range(S):
-        p_xs = p_x + i_s * s_xs + i_b * s_xb
-        p_dts = p_dt + i_s * s_dts + i_b * s_dtb
-        p_bs = p_b + i_s * s_bs + i_b * s_bb
-        p_cs = p_c + i_s * s_cs + i_b * s_cb
-        a = exponents(p_a + i_s * E * N, o_e, m_e, N)
-        bias = row(p_bias + i_s * E, o_e, m_e) if p_bias is not None else 0.0
-        skip = row(p_d + i_s * E, o_e, m_e) if p_d is not None else 0.0
-        total = tl.zeros([BE], tl.float32)
-        o_state = (i_s * batch + i_b) * E * N
-        if not WHOLE:
-            o_start = ((i_s * batch + i_b) * chunks + i_k) * N * E
-            h = load_states(p_starts + o_start, o_e, m_e, E, N)
-        elif p_first is not None:
-            h = load_states(p_first + o_state, o_e * N, m_e, 1, N)
-        else:
-            h = zeros(total, N)
-        backward = (reverse >> i_s) & 1
-        first = start + backward * (steps - 1)
-        sense = 1 - 2 * backward
-        for i in range(0, steps // U):
-            for u in tl.static_range(U):
-                t = first + sense * (i * U + u)
-                delta = step_size(p_dts + t * s_dtt, bias, o_e, m_e)
-                x = row(p_xs + t * s_xt, o_e, m_e)
-                h = advance(h, a, delta, delta * x, p_bs + t * s_bt, N)
-                y = project(h, p_cs + t * s_ct, N) + skip * x
-                store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, i_s > 0, i_s == S - 1)
-                if WHOLE:
-                    total += delta
-        for i in range(steps // U * U, steps):
-            t = first + sense * i
-            delta = step_size(p_dts + t * s_dtt, bias, o_e, m_e)
-            x = row(p_xs + t * s_xt, o_e, m_e)
-            h = advance(h, a, delta, delta * x, p_bs + t * s_bt, N)
-            y = project(h, p_cs + t * s_ct, N) + skip * x
-            store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, i_s > 0, i_s == S - 1)
+    a = exponents(p_a, o_e, m_e, N)
+    bias = row(p_bias, o_e, m_e) if p_bias is not None else 0.0
+    skip = row(p_d, o_e, m_e) if p_d is not None else 0.0
+    total = tl.zeros([BE], tl.float32)
+    if not WHOLE:
+        h = load_states(p_starts + i_chunk * N * E, o_e, m_e, E, N)
+    elif p_first is not None:
+        h = load_states(p_first + o_state, o_e * N, m_e, 1, N)
+    else:
+        h = zeros(total, N)
+    first = start + reverse * (steps - 1)
+    sense = 1 - 2 * reverse
+    for i in range(0, steps // U):
+        for u in tl.static_range(U):
+            t = first + sense * (i * U + u)
+            delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
+            x = row(p_x + t * s_xt, o_e, m_e)
+            h = advance(h, a, delta, delta * x, p_b + t * s_bt, N)
+            y = project(h, p_c + t * s_ct, N) + skip * x
+            store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, ADD)
             if WHOLE:
                 total += delta
+    for i in range(steps // U * U, steps):
+        t = first + sense * i
+        delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
+        x = row(p_x + t * s_xt, o_e, m_e)
+        h = advance(h, a, delta, delta * x, p_b + t * s_bt, N)
+        y = project(h, p_c + t * s_ct, N) + skip * x
+        store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, ADD)
         if WHOLE:
-            store_states(p_last + o_state, o_e * N, m_e, 1, h, N)
-            if p_decay is not None:
-                for n in tl.static_range(N):
-                    decay = tl.exp2(a[n] * total)
-                    tl.store(p_decay + o_state + o_e * N + n, decay, mask=m_e)
+            total += delta
+    if WHOLE:
+        store_states(p_last + o_state, o_e * N, m_e, 1, h, N)
+        if p_decay is not None:
+            for n in tl.static_range(N):
+                decay = tl.exp2(a[n] * total)
+                tl.store(p_decay + o_state + o_e * N + n, decay, mask=m_e)
 
 
 @triton.jit
 def store_output(
-    y: Any,
-    p_y: Any,
-    p_z: Any,
-    t: Any,
-    s_zt: Any,
-    o_e: Any,
-    m_e: Any,
-    E: tl.constexpr,
+    y: tl.tensor,
+    p_y: tl.tensor,
+    p_z: tl.tensor,
+    t: tl.tensor,
+    s_zt: tl.tensor,
+    o_e: tl.tensor,
+    m_e: tl.tensor,
+    E: tl.tensor,
     ADD: tl.constexpr,
-    GATE: tl.constexpr,
 ) -> None:
-    """Store the outputs of a token, or add them to those of the direction before."""
+    """Store the outputs of a token, with what is added to them and the gate."""
     p_token = p_y + t * E + o_e
-    if ADD:  # written by this thread: a program meets its chunk with every direction
+    if ADD:
         y += tl.load(p_token, mask=m_e, other=0.0).to(tl.float32)
-    if GATE and p_z is not None:
+    if p_z is not None:
         z = row(p_z + t * s_zt, o_e, m_e)
         y *= z * sigmoid(z)
     tl.store(p_token, y.to(p_y.dtype.element_ty), mask=m_e)

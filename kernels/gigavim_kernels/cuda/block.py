@@ -1,0 +1,178 @@
+"""A Vim block on a GPU: Triton kernels between cuBLAS products."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gigavim_kernels.block import States
+from gigavim_kernels.cuda.conv import convolve
+from gigavim_kernels.cuda.norm import rms_norm
+from gigavim_kernels.cuda.scan import scan, scan_states
+from gigavim_kernels.weights import BlockWeights, Branch, Direction
+
+CHUNK_ELEMENTS = 1 << 26
+"""Tokens times channels of a call: about 1.2 GB of temporaries in bf16."""
+RANK_MULTIPLE = 8
+"""Columns of dt are padded to 16 bytes in bf16, so that all of x_proj's columns are aligned."""
+
+
+class CudaBlock:
+    """`gigavim_kernels.block.BlockKernel` for GPUs that Triton supports.
+
+    In "bf16" the products and what lies between them are bfloat16; the stream, the states and all
+    sums inside the kernels are float32.
+    """
+
+    def __init__(
+        self, block: BlockWeights, *, device: torch.device, precision: Literal["fp32", "bf16"]
+    ) -> None:
+        self._product = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._branches = tuple(_prepare(b, device, self._product) for b in block.branches)
+        self._stream_scale = block.stream_scale
+        self.halo = max(b.directions.conv_weight.shape[2] for b in self._branches) - 1
+        width = max(b.out_proj.shape[1] for b in self._branches)
+        self.chunk = 1 << (CHUNK_ELEMENTS // width).bit_length() - 1
+
+    def zero_states(self, *, reverse: bool) -> States:
+        """See `BlockKernel.zero_states`."""
+        return tuple(
+            torch.zeros_like(b.directions.A[i])
+            for b in self._branches
+            for i, r in enumerate(b.directions.reverse)
+            if r == reverse
+        )
+
+    @torch.no_grad()
+    def edge_states(self, stream: Tensor, left: Tensor, right: Tensor, states: States) -> States:
+        """See `BlockKernel.edge_states`."""
+        given = iter(states)
+        carried: list[Tensor] = []
+        for branch in self._branches:
+            d = branch.reversed_directions
+            if d is None:
+                continue
+            inner = branch.in_proj[: branch.out_proj.shape[1]]
+            x = F.linear(self._norm(branch, stream, left, right), inner)  # (halo + T + halo, E)
+            c, dt, B, _ = self._scan_inputs(d, x)
+            first = torch.stack([next(given) for _ in d.reverse])[:, None]  # (S, 1, E, N)
+            last = scan_states(c, dt, d.A, B, d.dt_bias, first, reverse=d.reverse)
+            carried += last[:, 0].unbind()
+        return tuple(carried)
+
+    @torch.no_grad()
+    def update(
+        self, stream: Tensor, left: Tensor, right: Tensor, forward: States, reverse: States
+    ) -> States:
+        """See `BlockKernel.update`."""
+        given = {False: iter(forward), True: iter(reverse)}
+        carried: list[Tensor] = []
+        outputs = []
+        for branch in self._branches:
+            d, width = branch.directions, branch.out_proj.shape[1]
+            xz = F.linear(self._norm(branch, stream, left, right), branch.in_proj)
+            c, dt, B, C = self._scan_inputs(d, xz[:, :width])
+            z = xz[None, self.halo : self.halo + len(stream), width:]  # (1, T, E)
+            first = torch.stack([next(given[r]) for r in d.reverse])[:, None]
+            scanned = scan(c, dt, d.A, B, C, d.D, z, d.dt_bias, first, reverse=d.reverse)
+            carried += [s[0] for s, r in zip(scanned.last, d.reverse) if not r]
+            outputs.append((scanned.y[0], branch.out_proj))
+        if self._stream_scale != 1:
+            stream.mul_(self._stream_scale)
+        for y, weight in outputs:
+            if self._product == stream.dtype:
+                stream.addmm_(y, weight.T)
+            else:
+                stream.add_(y @ weight.T)
+        return tuple(carried)
+
+    def _norm(self, branch: "_Branch", stream: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The normed rows between their halos, (halo + T + halo, D), in the products' dtype."""
+        halo, length = self.halo, len(stream)
+        normed = stream.new_empty(length + 2 * halo, stream.shape[1], dtype=self._product)
+        starts = (0, halo, halo + length)
+        for start, rows in zip(starts, (left, stream, right)):
+            out = normed[start : start + len(rows)]
+            rms_norm(rows, branch.norm_weight, branch.norm_eps, out=out)
+        return normed
+
+    def _scan_inputs(self, d: "_Directions", x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Convolve rows x (halo + T + halo, E); return c, dt (S, 1, T, E), B and C (S, 1, T, N)."""
+        c = convolve(
+            x[None],
+            d.conv_weight,
+            d.conv_bias,
+            reverse=d.reverse_conv,
+            before=self.halo,
+            after=self.halo,
+        )[:, 0]  # (S, T, E)
+        projected = torch.bmm(c, d.x_proj.mT)  # (S, T, padded R + 2 N)
+        rank, states = d.dt_weight.shape[2], d.A.shape[2]
+        low_rank, B, C = torch.split_with_sizes(projected, (rank, states, states), 2)
+        dt = torch.bmm(low_rank, d.dt_weight.mT)
+        return c[:, None], dt[:, None], B[:, None], C[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Directions:
+    """The S directions of a branch, their tensors stacked."""
+
+    conv_weight: Tensor  # (S, E, K)
+    conv_bias: Tensor  # (S, E)
+    x_proj: Tensor  # (S, padded R + 2 N, E)
+    dt_weight: Tensor  # (S, E, padded R)
+    dt_bias: Tensor  # (S, E)
+    A: Tensor  # (S, E, N)
+    D: Tensor  # (S, E)
+    reverse: tuple[bool, ...]
+    reverse_conv: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    norm_weight: Tensor
+    norm_eps: float
+    in_proj: Tensor  # (2 E, D)
+    out_proj: Tensor  # (D, E), times the branch's scale
+    directions: _Directions
+    reversed_directions: _Directions | None
+
+
+def _prepare(branch: Branch, device: torch.device, product: torch.dtype) -> _Branch:
+    backward = tuple(d for d in branch.directions if d.reverse)
+    return _Branch(
+        norm_weight=branch.norm_weight.to(device),
+        norm_eps=branch.norm_eps,
+        in_proj=branch.in_proj.to(device, product),
+        out_proj=(branch.out_proj * branch.scale).to(device, product),
+        directions=_stack(branch.directions, device, product),
+        reversed_directions=_stack(backward, device, product) if backward else None,
+    )
+
+
+def _stack(
+    directions: tuple[Direction, ...], device: torch.device, product: torch.dtype
+) -> _Directions:
+    x_proj, dt_weight = zip(*(_pad_rank(d) for d in directions))
+    return _Directions(
+        conv_weight=torch.stack([d.conv_weight for d in directions]).to(device),
+        conv_bias=torch.stack([d.conv_bias for d in directions]).to(device),
+        x_proj=torch.stack(x_proj).to(device, product),
+        dt_weight=torch.stack(dt_weight).to(device, product),
+        dt_bias=torch.stack([d.dt_bias for d in directions]).to(device),
+        A=torch.stack([d.A for d in directions]).to(device),
+        D=torch.stack([d.D for d in directions]).to(device),
+        reverse=tuple(d.reverse for d in directions),
+        reverse_conv=tuple(d.reverse_conv for d in directions),
+    )
+
+
+def _pad_rank(direction: Direction) -> tuple[Tensor, Tensor]:
+    """x_proj and dt_weight with zero rows and columns up to a multiple of the rank."""
+    rank = direction.dt_weight.shape[1]
+    more = -rank % RANK_MULTIPLE
+    rows_dt, rows_bc = direction.x_proj[:rank], direction.x_proj[rank:]
+    x_proj = torch.cat((F.pad(rows_dt, (0, 0, 0, more)), rows_bc))
+    return x_proj, F.pad(direction.dt_weight, (0, more))

@@ -1,0 +1,47 @@
+"""RMSNorm from the float32 stream into the dtype of the products."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gigavim_kernels.cuda.launch import on_device_of, options
+
+TILE = 4096
+"""Elements of a program."""
+
+
+@triton.jit
+def _rms_norm(
+    p_x: tl.tensor,  # (T, D)
+    p_weight: tl.tensor,  # (D,)
+    p_y: tl.tensor,  # (T, D)
+    rows: tl.tensor,
+    s_xt: tl.tensor,
+    s_yt: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+) -> None:
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_d = tl.arange(0, BD)
+    m = (o_t < rows)[:, None] & (o_d < D)[None, :]
+    x = tl.load(p_x + o_t[:, None] * s_xt + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
+    y = x * scale[:, None] * weight[None, :]
+    tl.store(p_y + o_t[:, None] * s_yt + o_d[None, :], y.to(p_y.dtype.element_ty), mask=m)
+
+
+def rms_norm(rows: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> None:
+    """Write x / sqrt(mean(x^2) + eps) * weight of rows (T, D) to `out` (T, D), any dtype."""
+    count, width = rows.shape
+    if rows.numel() == 0:
+        return
+    block = triton.next_power_of_2(width)
+    per_program = max(1, TILE // block)
+    with on_device_of(rows):
+        _rms_norm[(-(-count // per_program),)](
+            rows, weight, out, count, rows.stride(0), out.stride(0), eps,
+            D=width, BT=per_program, BD=block, **options(4),
+        )  # fmt: skip

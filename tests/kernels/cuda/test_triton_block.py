@@ -1,0 +1,96 @@
+"""Convolution, norm and the whole block on Triton kernels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gigavim_kernels import backends, naive
+
+gpu = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("reverse", [(False,), (True,), (False, True)], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "taps"),
+    [
+        (1, 1, 5, 4),
+        (2, 17, 9, 4),
+        (1, 3, 130, 2),
+        (1, 5, 8, 1),
+        pytest.param(3, 4097, 384, 4, marks=gpu),
+    ],
+)
+def test_convolution(relative_error, device, batch, length, channels, taps, reverse):
+    from gigavim_kernels.cuda.conv import convolve
+
+    wide = torch.randn(batch, length + 3, channels + 4, device=device)
+    rows = wide[:, :, :channels]
+    weight = torch.randn(len(reverse), channels, taps, device=device)
+    bias = torch.randn(len(reverse), channels, device=device)
+    found = convolve(rows, weight, bias, reverse=reverse, before=1, after=2)
+    assert found.shape == (len(reverse), batch, length, channels)
+    padded = F.pad(rows.double(), (0, 0, 3, 3))
+    for s, r in enumerate(reverse):
+        expected = naive.causal_conv(padded, weight[s].double(), bias[s].double(), reverse=r)
+        assert relative_error(found[s], expected[:, 4 : 4 + length]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("length", "width"), [(1, 3), (40, 48), (0, 8), pytest.param(9999, 192, marks=gpu)]
+)
+def test_norm(device, length, width):
+    from gigavim_kernels.cuda.norm import rms_norm
+
+    x, weight = torch.randn(length, width).to(device), torch.rand(width).to(device)
+    found = torch.full_like(x, float("nan"))
+    rms_norm(x, weight, 1e-5, out=found)
+    torch.testing.assert_close(found, F.rms_norm(x, (width,), weight, 1e-5))
+
+
+@pytest.mark.parametrize("kind", ["v2", "v1", "none", "layer_pairs"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2.5e-2)])
+@pytest.mark.parametrize(
+    ("length", "d_model", "cuts"),
+    [
+        pytest.param(13, 16, [2, 9], id="13"),
+        pytest.param(5, 8, [1, 2], id="5"),
+        pytest.param(1001, 192, [1, 500], marks=gpu, id="1001"),
+    ],
+)
+def test_block_cut_in_chunks_meets_the_specification(
+    random_block,
+    specified_block,
+    swept,
+    relative_error,
+    device,
+    kind,
+    precision,
+    tolerance,
+    length,
+    d_model,
+    cuts,
+):
+    from gigavim_kernels.cuda.block import CudaBlock
+
+    block = random_block(kind, d_model=d_model, states=8)
+    stream = torch.randn(length, d_model)
+    found = swept(CudaBlock(block, device=device, precision=precision), stream.to(device), cuts)
+    added = specified_block(block, stream) - stream
+    assert relative_error(found.cpu() - stream, added) < tolerance
+
+
+def test_gpus_run_the_triton_kernels():
+    assert backends.backend_name("cuda") == "triton"
+
+
+@gpu
+def test_two_runs_give_the_same_bits(random_block, device):
+    block = random_block("v2", d_model=192)
+    kernel = backends.prepare_block(block, device=device, precision="bf16")
+    stream = torch.randn(20_000, 192, device=device)
+    halo = stream.new_zeros(kernel.halo, 192)
+    states = kernel.zero_states(reverse=False), kernel.zero_states(reverse=True)
+    results = [stream.clone() for _ in range(2)]
+    for rows in results:
+        kernel.update(rows, halo, halo, *states)
+    assert torch.equal(*results)
