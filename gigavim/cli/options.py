@@ -30,7 +30,10 @@ def verbosity(function: Function) -> Function:
 
 
 def _set_verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # What libraries log about a damaged file is said by our own one-line error: only -v shows it.
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+    if value:
+        logging.getLogger().setLevel(logging.WARNING)
     if value or ctx.parent is None:
         _logger.setLevel(_LEVELS[min(value, 2)])
 

@@ -182,3 +182,25 @@ def test_two_slides_of_one_name_do_not_overwrite_each_other(run, make_slide, tin
     result = run("segment", make_slide("x.tif"), second, "--model", tiny_model)
     assert result.code == 2
     assert "x" in result.err
+
+
+@pytest.mark.slow
+def test_a_polite_request_to_end_leaves_nothing(make_slide, tiny_model, tmp_path):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    code = "from gigavim.cli.main import main; main()"
+    arguments = ["segment", make_slide(size=(4000, 4000)), "--model", tiny_model, "-o", "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not (tmp_path / "out").exists()
