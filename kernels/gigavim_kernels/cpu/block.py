@@ -3,7 +3,8 @@
 A chunk of the stream passes three stages, with a barrier after each. Rows are shared out in tiles
 for the norm, the projections and the convolutions; channels are shared out for the scans; rows
 again for the output projection. Tiles are cut by the chunk alone and directions are added in
-their order, so a result depends on the chunk but not on the number of threads.
+their order, so a result depends on the length of the chunk but not on the number of threads
+(`CpuBlock.chunk`, the preferred length, does).
 """
 
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ class CpuBlock:
     ) -> None:
         self._team = team_of(threads)
         self._product = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._branches = tuple(prepare_branch(b, self._product) for b in block.branches)
+        with self._team.exclusive():  # threads of torch would spin on for a while
+            self._branches = tuple(prepare_branch(b, self._product) for b in block.branches)
         self._stream_scale = block.stream_scale
         widths = [len(d.conv_weight) for b in self._branches for d in b.directions]
         self.halo = max(widths) - 1

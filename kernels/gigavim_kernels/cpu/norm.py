@@ -1,12 +1,14 @@
 """Row-wise helpers around the matrix products; numba's own vectorisation does well here."""
 
+import functools
 from typing import Any
 
-import numba
 import numpy as np
 
+from gigavim_kernels.cpu.simd import jit
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+@functools.partial(jit, fastmath=("reassoc", "contract", "nsz"))  # lets the sum be vectorised
 def rms_norm(rows: Any, weight: Any, eps: Any, out: Any) -> None:
     """Write rows / sqrt(mean(rows^2) + eps) * weight; rows, out (T, D), weight (D,), float32."""
     width = rows.shape[1]
@@ -19,7 +21,7 @@ def rms_norm(rows: Any, weight: Any, eps: Any, out: Any) -> None:
             out[t, i] = rows[t, i] * scale * weight[i]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@jit
 def add_halves(rows: Any, halves: Any) -> None:
     """Add bfloat16 bits (T, D) to float32 rows in place."""
     wide = np.empty(rows.shape[1], np.uint32)

@@ -11,8 +11,10 @@ that away without a word, so no operation here carries the flags that allow it, 
 assume NaN away.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -55,12 +57,19 @@ _LOG1P = (
 )
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Compile with the GIL released; keep the machine code on disk where a place can be found."""
+def jit(function: Callable[..., Any], *, fastmath: Collection[str] = ()) -> Any:
+    """Compile with the GIL released; keep the machine code on disk where a place can be found.
+
+    numba knows kept code by the function's name and its file's date. Code from this file is in it
+    too, so the name carries a digest of this file.
+    """
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    function.__qualname__ = f"{function.__qualname__}_{digest}"
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba finds no writable folder
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return numba.njit(**options)(function)
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
