@@ -1,0 +1,168 @@
+"""The scan as torch operators: gradients, `torch.compile`, autocast-free float32 state."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gigavim_kernels.cuda.adjoint import scan_gradients
+from gigavim_kernels.cuda.plan import multiprocessors, plan_scan
+from gigavim_kernels.cuda.scan import scan
+from gigavim_kernels.naive import ScanResult
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> ScanResult:
+    """Compute what `naive.selective_scan` specifies, with its arguments.
+
+    y has the dtype of x; the state and everything summed are float32. Gradients flow to every
+    tensor from y, state and decay, once differentiable, and two runs give the same bits. Saved for
+    them are the arguments and one state per chunk of the sequence.
+    """
+    rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C, z)]
+    whole = [None if t is None else t.float().contiguous() for t in (A, D, dt_bias, state)]
+    batch, length, channels = x.shape
+    plan = plan_scan(
+        batch, length, channels, A.shape[1], multiprocessors=multiprocessors(x.device)
+    )
+    y, last, decay, _ = _scan(
+        rows[0], rows[1], whole[0], rows[2], rows[3], whole[1], rows[4], *whole[2:],
+        reverse, plan.chunk,
+    )  # fmt: skip
+    return ScanResult(y, last, decay)
+
+
+@torch.library.custom_op("gigavim::selective_scan", mutates_args=())
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    reverse: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the last state, the total decay, and the states entering chunks (B, K, N, E)."""
+    found = scan(
+        x[None], dt[None], A[None], B[None], C[None],
+        *(None if t is None else t[None] for t in (D,)), z,
+        *(None if t is None else t[None] for t in (dt_bias, state)),
+        reverse=[reverse], chunk=chunk,
+    )  # fmt: skip
+    if found.starts is not None:
+        starts = found.starts[0]
+    elif state is not None:
+        starts = state.mT.clone(memory_format=torch.contiguous_format)[:, None]
+    else:
+        starts = A.new_zeros(x.shape[0], 1, A.shape[1], x.shape[2])
+    return found.y, found.last[0], found.decay[0], starts
+
+
+@_scan.register_fake
+def _scan_fake(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    reverse: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, channels = x.shape
+    chunks = max(1, -(-length // chunk))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    last = A.new_empty(batch, channels, A.shape[1])
+    starts = A.new_empty(batch, chunks, A.shape[1], channels)
+    return y, last, torch.empty_like(last), starts
+
+
+@torch.library.custom_op("gigavim::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    grad_decay: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    decay: Tensor,
+    starts: Tensor,
+    reverse: bool,
+    chunk: int,
+) -> list[Tensor]:
+    """Return the gradients of x, dt, A, B, C, D, z (empty if there is none), dt_bias, state."""
+    if x.numel() == 0:
+        zeros = [torch.zeros_like(t) for t in (x, dt, A, B, C)]
+        edge = [A.new_zeros(x.shape[2]), torch.zeros_like(x), A.new_zeros(x.shape[2])]
+        return [*zeros, *edge, grad_last.clone()]
+    found = scan_gradients(
+        grad_y.contiguous(), grad_last.contiguous(), grad_decay.contiguous(),
+        x, dt, A, B, C, D, z, dt_bias, decay, starts, chunk=chunk, reverse=reverse,
+    )  # fmt: skip
+    return [torch.empty(0, device=x.device) if t is None else t for t in found]
+
+
+@_scan_backward.register_fake
+def _scan_backward_fake(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    grad_decay: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    decay: Tensor,
+    starts: Tensor,
+    reverse: bool,
+    chunk: int,
+) -> list[Tensor]:
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    channels = A.new_empty(x.shape[2])
+    d_z = torch.empty(0, device=x.device) if z is None else like(z)
+    row_gradients = [like(x), like(dt), like(A), like(B), like(C)]
+    return [*row_gradients, channels, d_z, torch.empty_like(channels), like(grad_last)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.reverse, ctx.chunk = inputs
+    ctx.absent = [t is None for t in tensors]
+    ctx.save_for_backward(*tensors[:-1], *output[2:])
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    found = _scan_backward(*grads[:3], *ctx.saved_tensors, ctx.reverse, ctx.chunk)
+    kept = (None if absent else t for t, absent in zip(found, ctx.absent))
+    return (*kept, None, None)
+
+
+_scan.register_autograd(_backward, setup_context=_save)
