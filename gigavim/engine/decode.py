@@ -94,7 +94,7 @@ def _adjacent(
     strip = torch.zeros(index.shape[0], index.shape[1], patch, patch, dtype=torch.uint8)
     row, col, slots = _kept(index)
     for batch, logits in _batches(gather, decoder, slots):
-        strip[row[batch], col[batch]] = logits.argmax(1).to(torch.uint8).cpu()
+        strip[row[batch], col[batch]] = _winners(logits, 1).cpu()
     rows = strip.permute(0, 2, 1, 3)  # (rows, patch, cols, patch)
     return rows.reshape(index.shape[0] * patch, index.shape[1] * patch).numpy()
 
@@ -127,4 +127,10 @@ def _overlapping(
         sums[:, :overlap] += carry
     done = height if last else height - overlap
     # Where no token reaches all sums are zero and the first class, the background, wins.
-    return sums[:, :done].argmax(0).to(torch.uint8).numpy(), sums[:, done:]
+    return _winners(sums[:, :done], 0).numpy(), sums[:, done:]
+
+
+def _winners(logits: Tensor, dim: int) -> Tensor:
+    """The class of the largest logit, uint8; the first one of equals."""
+    # `argmax` over an outer dimension takes eight times as long on a CPU.
+    return logits.max(dim).indices.to(torch.uint8)
