@@ -33,7 +33,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def output_gradient(
-    p_dy: tl.tensor, p_z: tl.tensor, s_zt: tl.tensor, t: tl.tensor, E: tl.tensor, o_e: tl.tensor, m_e: tl.tensor
+    p_dy: tl.tensor,
+    p_z: tl.tensor,
+    s_zt: tl.tensor,
+    t: tl.tensor,
+    E: tl.tensor,
+    o_e: tl.tensor,
+    m_e: tl.tensor,
 ) -> tl.tensor:
     """Gradient of a token's outputs before the gate."""
     g = row(p_dy + t * E, o_e, m_e)
@@ -45,7 +51,12 @@ def output_gradient(
 
 @triton.jit
 def retreat(
-    adjoint: tl.tensor, a: tl.tensor, delta: tl.tensor, g: tl.tensor, p_c: tl.tensor, N: tl.constexpr
+    adjoint: tl.tensor,
+    a: tl.tensor,
+    delta: tl.tensor,
+    g: tl.tensor,
+    p_c: tl.tensor,
+    N: tl.constexpr,
 ) -> tl.tensor:
     """One step of the adjoint recurrence: exp(A delta) (l + g C)."""
     new = ()
@@ -220,8 +231,7 @@ def chunk_gradients(
             raws = raws + (raw,)  # noqa: RUF005
             deltas = deltas + (delta,)  # noqa: RUF005
             inputs = inputs + (x,)  # noqa: RUF005
-        for v in tl.static_range(U):
-            u = U - 1 - v
+        for u in tl.static_range(U - 1, -1, -1):
             inside = tl.full([BE], j * U + u, tl.int32) < steps
             t = first + sense * tl.minimum(j * U + u, steps - 1)
             m_t = m_e & inside

@@ -1,4 +1,4 @@
-"""The scan as torch operators: gradients, `torch.compile`, autocast-free float32 state."""
+"""The scan as torch operators, differentiable and known to `torch.compile`."""
 
 from typing import Any
 
@@ -33,9 +33,7 @@ def selective_scan(
     rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C, z)]
     whole = [None if t is None else t.float().contiguous() for t in (A, D, dt_bias, state)]
     batch, length, channels = x.shape
-    plan = plan_scan(
-        batch, length, channels, A.shape[1], multiprocessors=multiprocessors(x.device)
-    )
+    plan = plan_scan(batch, length, channels, A.shape[1], multiprocessors=multiprocessors(x.device))
     y, last, decay, _ = _scan(
         rows[0], rows[1], whole[0], rows[2], rows[3], whole[1], rows[4], *whole[2:],
         reverse, plan.chunk,
@@ -59,11 +57,18 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, the last state, the total decay, and the states entering chunks (B, K, N, E)."""
     found = scan(
-        x[None], dt[None], A[None], B[None], C[None],
-        *(None if t is None else t[None] for t in (D,)), z,
-        *(None if t is None else t[None] for t in (dt_bias, state)),
-        reverse=[reverse], chunk=chunk,
-    )  # fmt: skip
+        x[None],
+        dt[None],
+        A[None],
+        B[None],
+        C[None],
+        None if D is None else D[None],
+        z,
+        None if dt_bias is None else dt_bias[None],
+        None if state is None else state[None],
+        reverse=[reverse],
+        chunk=chunk,
+    )
     if found.starts is not None:
         starts = found.starts[0]
     elif state is not None:

@@ -1,6 +1,5 @@
 """How a scan is cut into programs."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +55,6 @@ def plan_scan(
     return ScanPlan(chunk, max(1, -(-length // chunk)), block_e, blocks_e, 4 if chunk >= 4 else 1)
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors (compute units) of a GPU."""
     if device.type == "cpu":
