@@ -25,28 +25,23 @@ class Bars:
         with tqdm(
             total=total,
             unit=f" {unit}",
-            unit_scale=unit != "Mpx",
+            unit_scale=unit == "tokens",
             desc=f"{name:>8}",
             disable=self._quiet or not self._terminal,
-            leave=True,
-            bar_format=_FORMAT,
+            bar_format=_FORMAT.replace("AMOUNT", _AMOUNTS.get(unit, _COUNT)),
             file=sys.stderr,
         ) as bar:
             yield lambda amount: _advance(bar, amount)
         if not self._quiet and not self._terminal:
             seconds = max(time.perf_counter() - started, 1e-9)
-            rate = total / seconds
-            rate = total / seconds
-            click.echo(
-                f"{name:>8}: {total:,.1f} {unit} in {seconds:.1f} s ({rate:,.1f} {unit}/s)",
-                err=True,
-            )
+            decimals = 1 if unit == "Mpx" else 0
+            amount, rate = (f"{value:,.{decimals}f} {unit}" for value in (total, total / seconds))
+            click.echo(f"{name:>8}: {amount} in {seconds:.1f} s ({rate}/s)", err=True)
 
 
-_FORMAT = (
-    "{desc} {percentage:3.0f}%|{bar:24}| {n:.1f}/{total:.1f}{unit}"
-    " [{elapsed}<{remaining}, {rate_fmt}]"
-)
+_FORMAT = "{desc} {percentage:3.0f}%|{bar:24}| AMOUNT{unit} [{elapsed}<{remaining}, {rate_fmt}]"
+_COUNT = "{n_fmt}/{total_fmt}"
+_AMOUNTS = {"Mpx": "{n:.1f}/{total:.1f}"}
 
 
 def _advance(bar: "tqdm[None]", amount: float) -> None:

@@ -1,6 +1,5 @@
 """`gigavim segment`: slides in, maps out."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,4 +195,4 @@ def _report(result: "Segmentation") -> None:
     for entry in result.areas():
         click.echo(f"  {entry}")
     for path in result.outputs.values():
-        click.echo(f"  wrote {os.path.relpath(path)}")
+        click.echo(f"  wrote {path}")
