@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 WGS84_A_M = 6_378_137.0
 WGS84_E2 = 6.694379990141316e-3
 
+MAX_DEGREES = 720.0
+MAX_UNITS = 1e9
+"""Coordinates beyond these (feet or metres) lie on no map."""
+
 MAP_DISTORTION = 0.01
 """Where the map's metres differ from the ground's by more than this, the ground's are taken."""
 
@@ -34,6 +38,8 @@ def ground_mpp(crs: "CRS | None", transform: Affine, width: int, height: int) ->
             metres = 1.0
         x = math.hypot(transform.a, transform.d) * metres * 1e6
         y = math.hypot(transform.b, transform.e) * metres * 1e6
+        if not (0 < x < math.inf and 0 < y < math.inf):
+            return None
         if ground is None or abs(x / ground.x - 1) <= MAP_DISTORTION:
             return Mpp(x, y, "crs")
     return ground
@@ -43,7 +49,13 @@ def _geodesic(crs: "CRS", transform: Affine, x: float, y: float) -> Mpp | None:
     from rasterio.errors import RasterioError
     from rasterio.warp import transform as to_crs
 
-    points = [transform @ (x, y), transform @ (x + 1, y), transform @ (x, y + 1)]
+    a, b, c, d, e, f = tuple(transform)[:6]
+    pixels = ((x, y), (x + 1, y), (x, y + 1))
+    points = [(a * i + b * j + c, d * i + e * j + f) for i, j in pixels]
+    # PROJ does not come back from coordinates far off the Earth.
+    limit = MAX_DEGREES if crs.is_geographic else MAX_UNITS
+    if not all(abs(value) <= limit for point in points for value in point):
+        return None
     try:
         lon, lat = to_crs(crs, "EPSG:4326", [p[0] for p in points], [p[1] for p in points])[:2]
     except (RasterioError, ValueError):

@@ -140,8 +140,7 @@ class RasterSlide(Slide):
     def _read_inside(self, level: int, x: int, y: int, width: int, height: int) -> RGB:
         rgb = self._rule.apply(self._raw(level, x, y, width, height), self.background_rgb)
         if self._masked:
-            window = Window(x, y, width, height)
-            empty = self._datasets.get().level(level).dataset_mask(window=window) == 0
+            empty = self._read(level, x, y, width, height, mask=True) == 0
             if empty.any():
                 rgb = rgb.copy()
                 rgb[empty] = self.background_rgb
@@ -149,9 +148,18 @@ class RasterSlide(Slide):
 
     def _raw(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.generic]:
         """Return (height, width, bands)."""
+        return np.moveaxis(self._read(level, x, y, width, height, mask=False), 0, -1)
+
+    def _read(
+        self, level: int, x: int, y: int, width: int, height: int, *, mask: bool
+    ) -> npt.NDArray[np.generic]:
+        """Return (bands, height, width) samples, or the (height, width) mask."""
+        window = Window(x, y, width, height)
         try:
             raster = self._datasets.get().level(level)
-            return np.moveaxis(raster.read(window=Window(x, y, width, height)), 0, -1)
+            read = raster.dataset_mask if mask else raster.read
+            samples: npt.NDArray[np.generic] = read(window=window)
+            return samples
         # GDAL's own errors reach Python as many unrelated kinds.
         except Exception as error:
             self._datasets.drop()

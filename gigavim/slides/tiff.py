@@ -15,7 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from gigavim.errors import CorruptSlideError, TileReadError, UnsupportedSlideError
+from gigavim.errors import (
+    CorruptSlideError,
+    SettingsError,
+    SlideError,
+    TileReadError,
+    UnsupportedSlideError,
+)
 from gigavim.frames import Bounds, Mpp
 from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide, level_downsample
 from gigavim.slides.buffers import BufferPool
@@ -52,29 +58,28 @@ class TiffSlide(Slide):
         self.background_rgb = WHITE
         self.georeference = None
         self.tiles_decoded = 0
-        try:
-            self._tiff = tifffile.TiffFile(path)
-        except OSError:
-            raise
-        # On damaged headers tifffile raises whatever comes.
-        except Exception as error:
-            raise CorruptSlideError(
-                f"{path}: is a damaged TIFF ({error}); export it again"
-            ) from error
-        try:
-            self._open()
-        except BaseException:
-            self._tiff.close()
-            raise
-
-    def _open(self) -> None:
-        path, options = self.path, self.options
-        structure = parse(path, self._tiff, choosing=options.channels is not None)
-        self._structure = structure
-        finest = structure.levels[0]
         self._files = ThreadHandles[FileBytes](lambda: FileBytes(path))
         self._cache = TileCache()
         self._buffers = BufferPool()
+        self._tiff: tifffile.TiffFile | None = None
+        try:
+            self._tiff = tifffile.TiffFile(path)
+            self._open(self._tiff)
+        except (SlideError, SettingsError, OSError):
+            self.close()
+            raise
+        # Damaged tags have values of any type; tifffile and its users stumble over them anywhere.
+        except Exception as error:
+            self.close()
+            raise CorruptSlideError(
+                f"{path}: is a damaged TIFF ({error}); export it again"
+            ) from error
+
+    def _open(self, tiff: tifffile.TiffFile) -> None:
+        path, options = self.path, self.options
+        structure = parse(path, tiff, choosing=options.channels is not None)
+        self._structure = structure
+        finest = structure.levels[0]
         self._decoders = [
             [_decoder(plane, level.raw_dtype, structure.bands_per_plane) for plane in level.planes]
             for level in structure.levels
@@ -93,7 +98,7 @@ class TiffSlide(Slide):
         self.bounds = Bounds(0, 0, finest.width, finest.height)
         self._rule = choose_rule(path, structure.layout, options.channels, self._sample)
         page = finest.planes[0].page
-        self.mpp = choose_mpp(path, _claims(self._tiff, page), user=options.mpp)
+        self.mpp = choose_mpp(path, _claims(tiff, page), user=options.mpp)
         self.description = {
             "format": f"TIFF ({structure.kind})",
             "compression": str(getattr(page.compression, "name", page.compression)),
@@ -112,7 +117,8 @@ class TiffSlide(Slide):
         self._files.close()
         self._cache.clear()
         self._buffers.clear()
-        self._tiff.close()
+        if self._tiff is not None:
+            self._tiff.close()
 
     def _read_inside(self, level: int, x: int, y: int, width: int, height: int) -> RGB:
         table = self._structure.levels[level]
@@ -159,17 +165,18 @@ class TiffSlide(Slide):
                 raise self._unreadable(level, index, "it has no bytes")
             try:
                 part = decode(self._files.get().read(offset, count), index)
+                parts.append(part if part.ndim == 3 else part[..., None])
             except Exception as error:  # codecs raise errors of many unrelated kinds
                 raise self._unreadable(level, index, str(error)) from error
-            parts.append(part)
+        if len({part.shape[:2] for part in parts}) > 1:
+            raise self._unreadable(level, index, "its bands decode to different sizes")
         raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
         row, column = divmod(index, table.columns)
         need_h = min(table.segment_height, table.height - row * table.segment_height)
         need_w = min(table.segment_width, table.width - column * table.segment_width)
-        if raw.shape[0] < need_h or raw.shape[1] < need_w:
-            raise self._unreadable(
-                level, index, f"it decodes to {raw.shape[1]} x {raw.shape[0]} px"
-            )
+        fits = raw.ndim == 3 and raw.shape[2] == self._structure.layout.bands
+        if not fits or raw.shape[0] < need_h or raw.shape[1] < need_w:
+            raise self._unreadable(level, index, f"it decodes to the shape {raw.shape}")
         self.tiles_decoded += 1
         return raw
 
@@ -214,7 +221,7 @@ def _decoder(
         return plain
     if page.compression in (33003, 33004):
         raise UnsupportedSlideError(
-            f"{page.parent.filehandle.path}: has JPEG 2000 tiles in YCbCr, which OpenSlide should read"
+            f"{page.parent.filehandle.path}: has JPEG 2000 tiles in YCbCr; convert it to RGB"
         )
     if page.is_subsampled and page.compression not in (6, 7, 34892, 33007):
         raise UnsupportedSlideError(

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import tifffile
 
 from gigavim.errors import CorruptSlideError, SlideError, UnsupportedSlideError
-from gigavim.slides.pixels import NotAPictureError, SampleLayout
+from gigavim.slides.pixels import SampleLayout
+from gigavim.slides.tiff_layout import layout_of
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,6 @@ RAW_STRIP_BYTES = 1 << 20
 
 MOST_MISSING = 100
 """An uncompressed image is refused if its pixels take this many times the file's size."""
-
-CMYK = 5
 
 AUXILIARY = ("label", "macro", "thumbnail", "overview", "map")
 
@@ -109,7 +108,7 @@ def parse(path: Path, tiff: tifffile.TiffFile, *, choosing: bool) -> TiffStructu
                     raise
                 log.warning("level %d left out: %s", index, error)
         page = levels[0].planes[0].page
-        layout = _layout(page, channels, choosing or channels > 1)
+        layout = layout_of(page, channels, channels_shown=choosing or channels > 1)
         return TiffStructure(
             levels=tuple(levels),
             layout=layout,
@@ -158,66 +157,73 @@ def _normal_axes(series: Any) -> tuple[str, tuple[int, ...]]:
 def _level(path: Path, tiff: Any, series: Any, leading: str, channels: int) -> TiffLevel:
     keyframe = series.keyframe
     _check_page(path, keyframe)
-    count = 1
-    if channels > 1:
+    tiled = bool(keyframe.is_tiled)
+    width, height = int(keyframe.imagewidth), int(keyframe.imagelength)
+    wide = int(keyframe.tilewidth) if tiled else width
+    high = int(keyframe.tilelength) if tiled else min(int(keyframe.rowsperstrip), height)
+    if wide < 1 or high < 1:
+        raise CorruptSlideError(f"{path}: has tiles of {wide} x {high} px")
+    columns, rows = math.ceil(width / wide), math.ceil(height / high)
+    planes: list[Plane] = []
+    for page in _channel_pages(path, tiff, series, leading, channels):
+        planes += _planes(path, keyframe, page, columns * rows)
+    raw_dtype = None if tiled else _raw_dtype(keyframe)
+    level = TiffLevel(width, height, wide, high, columns, rows, tuple(planes), raw_dtype)
+    samples = 1 if keyframe.planarconfig == 2 else int(keyframe.samplesperpixel)
+    pixel_bytes, file_bytes = samples * keyframe.dtype.itemsize, tiff.filehandle.size
+    if raw_dtype is not None:
+        if width * height * pixel_bytes > MOST_MISSING * file_bytes:
+            raise CorruptSlideError(
+                f"{path}: claims {width} x {height} uncompressed px in a file of {file_bytes} "
+                "bytes; it was cut off, copy it again"
+            )
+        level = _cut_strips(level, width * pixel_bytes)
+    segment_bytes = level.segment_width * level.segment_height * pixel_bytes
+    _check_segments(path, level, segment_bytes, file_bytes)
+    return level
+
+
+def _channel_pages(path: Path, tiff: Any, series: Any, leading: str, channels: int) -> list[Any]:
+    """Return the pages of the channels, of the first of every other axis."""
+    if channels == 1:
+        pages = [series.pages[0]]
+    else:
         sizes = dict(zip(series.axes, series.shape))
         shape = [sizes[axis] for axis in leading]
-        at = leading.index("C")
         if len(series.pages) < math.prod(shape):
             raise UnsupportedSlideError(
                 f"{path}: keeps its {channels} channels in one block without a directory for each; "
                 "save it as an ordinary OME-TIFF"
             )
-        indices = [
-            int(np.ravel_multi_index([c if i == at else 0 for i in range(len(shape))], shape))
-            for c in range(channels)
-        ]
-        pages = [series.pages[index] for index in indices]
-        count = channels
-    else:
-        pages = [series.pages[0]]
-    if any(page is None for page in pages):
-        raise CorruptSlideError(f"{path}: a channel is missing from the file; export it again")
-    tiled = bool(keyframe.is_tiled)
-    width, height = int(keyframe.imagewidth), int(keyframe.imagelength)
-    segment_width = int(keyframe.tilewidth) if tiled else width
-    segment_height = int(keyframe.tilelength) if tiled else min(int(keyframe.rowsperstrip), height)
-    if segment_width < 1 or segment_height < 1:
-        raise CorruptSlideError(f"{path}: has tiles of {segment_width} x {segment_height} px")
-    raw_dtype = _raw_dtype(keyframe) if not tiled else None
-    columns, rows = math.ceil(width / segment_width), math.ceil(height / segment_height)
-    separate = int(keyframe.samplesperpixel) if keyframe.planarconfig == 2 else 1
-    planes = []
+        step = math.prod(shape[leading.index("C") + 1 :])
+        pages = [series.pages[channel * step] for channel in range(channels)]
     for page in pages:
-        offsets = np.asarray(page.dataoffsets, np.int64)
-        byte_counts = np.asarray(page.databytecounts, np.int64)
-        _check_table(path, offsets, byte_counts, columns * rows * separate, width, height)
-        planes += [
-            Plane(
-                keyframe,
-                offsets[k * columns * rows : (k + 1) * columns * rows],
-                byte_counts[k * columns * rows : (k + 1) * columns * rows],
-                k * columns * rows,
+        if page is None:
+            raise CorruptSlideError(f"{path}: a channel is missing from the file; export it again")
+        if page.parent.filehandle.path != tiff.filehandle.path:
+            raise UnsupportedSlideError(
+                f"{path}: keeps its channels in several files; save it as one OME-TIFF"
             )
-            for k in range(separate)
-        ]
-    samples = 1 if keyframe.planarconfig == 2 else int(keyframe.samplesperpixel)
-    segment_bytes = segment_width * segment_height * samples * keyframe.dtype.itemsize
-    level = TiffLevel(
-        width, height, segment_width, segment_height, columns, rows, tuple(planes), raw_dtype
-    )
-    if raw_dtype is not None:
-        claimed = width * height * samples * raw_dtype.itemsize
-        if claimed > MOST_MISSING * tiff.filehandle.size:
-            raise CorruptSlideError(
-                f"{path}: claims {width} x {height} uncompressed px in a file of "
-                f"{tiff.filehandle.size} bytes; it was cut off, copy it again"
-            )
-        level = _cut_strips(level, width * samples * raw_dtype.itemsize)
-        segment_bytes = level.segment_height * width * samples * raw_dtype.itemsize
-    _check_segments(path, level, segment_bytes, tiff.filehandle.size)
-    assert len(planes) == count * separate
-    return level
+    return pages
+
+
+def _planes(path: Path, keyframe: Any, page: Any, segments: int) -> list[Plane]:
+    """Return a page's planes: one, or one to a sample where these are stored apart."""
+    separate = int(keyframe.samplesperpixel) if keyframe.planarconfig == 2 else 1
+    offsets = np.asarray(page.dataoffsets, np.int64)
+    byte_counts = np.asarray(page.databytecounts, np.int64)
+    listed = min(len(offsets), len(byte_counts))
+    if listed < segments * separate:
+        raise CorruptSlideError(
+            f"{path}: claims {keyframe.imagewidth} x {keyframe.imagelength} px, which take "
+            f"{segments * separate} tiles or strips, but lists {listed}; the file is damaged, "
+            "export it again"
+        )
+    firsts = [sample * segments for sample in range(separate)]
+    return [
+        Plane(keyframe, offsets[at : at + segments], byte_counts[at : at + segments], at)
+        for at in firsts
+    ]
 
 
 def _check_page(path: Path, page: Any) -> None:
@@ -233,21 +239,6 @@ def _check_page(path: Path, page: Any) -> None:
         )
     if page.imagedepth != 1:
         raise UnsupportedSlideError(f"{path}: is a volume; extract one plane of it")
-
-
-def _check_table(
-    path: Path,
-    offsets: npt.NDArray[np.int64],
-    byte_counts: npt.NDArray[np.int64],
-    needed: int,
-    width: int,
-    height: int,
-) -> None:
-    if min(len(offsets), len(byte_counts)) < needed:
-        raise CorruptSlideError(
-            f"{path}: claims {width} x {height} px, which take {needed} tiles or strips, but lists "
-            f"{min(len(offsets), len(byte_counts))}; the file is damaged, export it again"
-        )
 
 
 def _check_segments(path: Path, level: TiffLevel, segment_bytes: int, file_bytes: int) -> None:
@@ -329,65 +320,3 @@ def _cut_strips(level: TiffLevel, row_bytes: int) -> TiffLevel:
         tuple(planes),
         level.raw_dtype,
     )
-
-
-def _layout(page: Any, channels: int, channels_shown: bool) -> SampleLayout:
-    samples = int(page.samplesperpixel)
-    extra = tuple(int(one) for one in page.extrasamples)
-    photometric = int(page.photometric)
-    alpha_band = None
-    if channels == 1 and extra and extra[-1] in (1, 2):
-        alpha_band = samples - 1
-    kind = {0: "inverted", 1: "grey", 2: "rgb", 3: "palette", 4: "grey", 6: "rgb"}.get(photometric)
-    if kind is None:
-        what = f"{page.parent.filehandle.path}: has colours of photometric kind {photometric}, which are"
-        if photometric == CMYK and samples == 4:
-            raise UnsupportedSlideError(f"{what} not read here; convert it to RGB")
-        # Other readers would take these numbers for red, green and blue.
-        raise NotAPictureError(f"{what} not read; convert it to RGB")
-    palette = None
-    if kind == "palette" and channels_shown:
-        kind = "grey"
-    if kind == "palette":
-        palette = _palette(page)
-    bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
-    return SampleLayout(
-        dtype=np.dtype(page.dtype),
-        bands=samples * channels,
-        photometric=kind,  # type: ignore[arg-type]
-        alpha_band=alpha_band,
-        premultiplied=alpha_band is not None and extra[-1] == 1,
-        names=_channel_names(page, channels),
-        are_channels=channels > 1,
-        significant_bits=bits if bits not in (8, 16) else _stated_bits(page),
-        palette=palette,
-    )
-
-
-def _palette(page: Any) -> npt.NDArray[np.uint8]:
-    colormap = np.asarray(page.colormap)  # (3, entries)
-    if colormap.ndim != 2 or colormap.shape[0] != 3:
-        raise CorruptSlideError(f"{page.parent.filehandle.path}: has a palette without colours")
-    if colormap.dtype.itemsize > 1 and colormap.max() > 255:
-        colormap = colormap >> 8
-    return np.ascontiguousarray(colormap.T.astype(np.uint8))
-
-
-def _stated_bits(page: Any) -> int | None:
-    """Return the depth that a MaxSampleValue tag states."""
-    tag = page.tags.get(281)
-    value = tag.value if tag is not None else None
-    if isinstance(value, tuple):
-        value = max(value)
-    if page.bitspersample != 16 or not isinstance(value, int) or not 255 < value < 65536:
-        return None
-    return value.bit_length()
-
-
-def _channel_names(page: Any, channels: int) -> tuple[str, ...]:
-    if channels == 1 or not page.parent.is_ome:
-        return ()
-    from gigavim.slides.ome import channel_names
-
-    names = channel_names(page.parent.ome_metadata or "")
-    return names if len(names) == channels else ()

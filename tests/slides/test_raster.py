@@ -136,3 +136,14 @@ def test_jpeg_2000(tmp_path, picture):
     with open_slide(path) as slide:
         assert slide.reader == "rasterio"
         np.testing.assert_array_equal(slide.read_level(0, 0, 0, 300, 200), pixels)
+
+
+def test_coordinates_off_the_earth_do_not_hang(tmp_path, picture):
+    path = write(
+        tmp_path / "far.tif",
+        picture(20, 20),
+        crs="EPSG:3857",
+        transform=from_origin(1e7, 4e6, 1e70, 1e-9),
+    )
+    with open_slide(path) as slide:
+        assert slide.read_level(0, 0, 0, 20, 20).shape == (20, 20, 3)
