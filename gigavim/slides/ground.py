@@ -17,6 +17,9 @@ MAX_DEGREES = 720.0
 MAX_UNITS = 1e9
 """Coordinates beyond these (feet or metres) lie on no map."""
 
+MAX_MPP = 1e13
+"""Pixels of more than ten thousand kilometres are damage."""
+
 MAP_DISTORTION = 0.01
 """Where the map's metres differ from the ground's by more than this, the ground's are taken."""
 
@@ -38,7 +41,7 @@ def ground_mpp(crs: "CRS | None", transform: Affine, width: int, height: int) ->
             metres = 1.0
         x = math.hypot(transform.a, transform.d) * metres * 1e6
         y = math.hypot(transform.b, transform.e) * metres * 1e6
-        if not (0 < x < math.inf and 0 < y < math.inf):
+        if not (0 < x < MAX_MPP and 0 < y < MAX_MPP):
             return None
         if ground is None or abs(x / ground.x - 1) <= MAP_DISTORTION:
             return Mpp(x, y, "crs")

@@ -47,7 +47,7 @@ class OpenSlideSlide(Slide):
             )
         try:
             handle = self._handles.get()
-            properties = dict(handle.properties)
+            properties = _properties(handle)
             dimensions = handle.level_dimensions
             self.icc = "openslide.icc-size" in properties
         except openslide.OpenSlideUnsupportedFormatError as error:
