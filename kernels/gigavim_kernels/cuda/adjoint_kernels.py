@@ -27,6 +27,7 @@ from gigavim_kernels.cuda.arithmetic import (
     store_states,
     zeros,
 )
+from gigavim_kernels.cuda.launch import SIZES
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -66,7 +67,7 @@ def retreat(
     return new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_adjoints(
     p_dy: tl.tensor,  # (B, L, E)
     p_z: tl.tensor,
@@ -127,7 +128,7 @@ def chunk_adjoints(
     tl.store(p_sums + i_chunk * E + o_e, total, mask=m_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_gradients(
     p_dy: tl.tensor,  # (B, L, E)
     p_x: tl.tensor,

@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gigavim_kernels.cuda.arithmetic import sigmoid
-from gigavim_kernels.cuda.launch import on_device_of, options, reverse_bits
+from gigavim_kernels.cuda.launch import SIZES, on_device_of, options, reverse_bits
 
 BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv(
     p_x: tl.tensor,
     p_weight: tl.tensor,  # (S, E, K)

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gigavim_kernels.cuda.launch import on_device_of, options
+from gigavim_kernels.cuda.launch import SIZES, on_device_of, options
 
 TILE = 4096
 """Elements of a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _rms_norm(
     p_x: tl.tensor,  # (T, D)
     p_weight: tl.tensor,  # (D,)

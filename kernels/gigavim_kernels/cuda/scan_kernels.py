@@ -27,9 +27,10 @@ from gigavim_kernels.cuda.arithmetic import (
     store_states,
     zeros,
 )
+from gigavim_kernels.cuda.launch import SIZES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_ends(
     p_x: tl.tensor,
     p_dt: tl.tensor,
@@ -96,7 +97,7 @@ def chunk_ends(
     tl.store(p_sums + o_chunk + o_e, total, mask=m_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine(
     p_ends: tl.tensor,  # (S, B, K, N, E), becomes the states at which the chunks are entered
     p_sums: tl.tensor,  # (S, B, K, E)
@@ -148,7 +149,7 @@ def combine(
         tl.store(p_decay + o_state, tl.exp2(a * total), mask=m_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_outputs(
     p_x: tl.tensor,
     p_dt: tl.tensor,
