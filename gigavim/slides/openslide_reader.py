@@ -1,6 +1,7 @@
 """The reader of everything that OpenSlide knows: MRXS, NDPI, SCN, BIF, CZI, DICOM and the rest."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,15 @@ def _dicom_instance(path: Path) -> Path:
     raise UnsupportedSlideError(
         f"{path}: is a directory without a DICOM slide or OME-Zarr image in it; give a slide"
     )
+
+
+def _properties(handle: openslide.OpenSlide) -> dict[str, str]:
+    """Return the properties that are text; damaged names and values are left out."""
+    properties = {}
+    for name in handle.properties:
+        with suppress(KeyError, UnicodeDecodeError):
+            properties[name] = handle.properties[name]
+    return properties
 
 
 def _level(
