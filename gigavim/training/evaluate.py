@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim.model.heads import SegmentationModel
+from gigavim.model.vim import grid_cells
 from gigavim.tokens.order import ScanOrder
 from gigavim.training.data import BACKGROUND, FIELD_PX, GLASS, NUCLEI, Fields
 from gigavim.training.encode import encode
@@ -62,8 +63,6 @@ def predict(
     normalised = (padded - _column(mean)) / _column(std)
     encoded = encode(model.encoder, model.encoder.tokens(normalised[None], order=order))
     rows, cols = (s // patch for s in padded.shape[1:])
-    from gigavim.model.vim import grid_cells
-
     labels = torch.empty(rows * cols, patch, patch, dtype=torch.uint8)
     cells = grid_cells(rows, cols, order)
     for start in range(0, rows * cols, 8192):

@@ -44,7 +44,7 @@ class Schedule:
     clip_norm: float = 1.0
     average: float = 0.997
     """Decay of the moving average of the weights, which is what is kept."""
-    half_depth: float = 0.6
+    half_depth: float = 0.33
     """The part of the training that uses every second layer only; the others join silently."""
     class_weights: tuple[float, ...] = (1.0, 0.8, 1.5)
     dice_classes: tuple[int, ...] = (0, 2)

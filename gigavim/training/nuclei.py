@@ -168,7 +168,7 @@ def export_command(
     training = TrainingRecord(
         script=(
             f"python -m gigavim.training.nuclei train nuclei.npz checkpoint.pt "
-            f"--steps {progress.step}"
+            f"--steps {progress.step}, the number of steps being changed while it ran"
         ),
         data=DATA,
         data_licence="CC BY 4.0",
