@@ -206,12 +206,13 @@ def chunk_gradients(
 
     h = load_states(p_starts + i_chunk * N * E, o_e, m_e, E, N)
     for j in range(0, groups - 1):
-        store_states(p_scratch + j * N * E, o_e, m_e, E, h, N)
+        store_states(p_scratch, o_e, m_e, E, h, N)
+        p_scratch += N * E
         for u in tl.static_range(U):
             t = first + sense * (j * U + u)
             delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
             h = advance(h, a, delta, delta * row(p_x + t * s_xt, o_e, m_e), p_b + t * s_bt, N)
-    store_states(p_scratch + (groups - 1) * N * E, o_e, m_e, E, h, N)
+    store_states(p_scratch, o_e, m_e, E, h, N)
 
     adjoint = load_states(p_exits + i_chunk * N * E, o_e, m_e, E, N)
     sum_d = tl.zeros([BE], tl.float32)
@@ -219,7 +220,8 @@ def chunk_gradients(
     sum_a = zeros(sum_d, N)
     for i in range(0, groups):
         j = groups - 1 - i
-        hidden = (load_states(p_scratch + j * N * E, o_e, m_e, E, N),)
+        hidden = (load_states(p_scratch, o_e, m_e, E, N),)
+        p_scratch -= N * E
         raws, deltas, inputs = (), (), ()
         for u in tl.static_range(U):
             # Beyond the end of the chunk: the last token again, with a step of zero.
