@@ -39,6 +39,21 @@ def test_scan_at_any_size_and_step(
 
 
 @SENSES
+@pytest.mark.parametrize("states", [8, 16, 24, 32])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 40.0])
+def test_rates_in_the_ratio_of_their_initialisation(
+    random_scan, relative_error, states, scale, reverse
+):
+    scan = random_scan(1, 99, 33, states, torch.float32)
+    scan["A"] = scan["A"][:, :1] * torch.arange(1.0, states + 1)
+    scan["dt"] *= scale
+    found = cpu.selective_scan(**scan, reverse=reverse)
+    expected = naive.selective_scan(**double(scan), reverse=reverse)
+    assert relative_error(found.y, expected.y) < 1e-6
+    assert relative_error(found.state, expected.state) < 1e-6
+
+
+@SENSES
 @pytest.mark.parametrize("absent", ["D", "z", "dt_bias", "state"])
 def test_optional_inputs_of_the_scan(random_scan, relative_error, absent, reverse):
     scan = random_scan(2, 37, 19, 16, torch.float32)
