@@ -110,8 +110,9 @@ class CudaBlock:
         )[:, 0]  # (S, T, E)
         projected = torch.bmm(c, d.x_proj.mT)  # (S, T, padded R + 2 N)
         rank, states = d.dt_weight.shape[2], d.A.shape[2]
-        low_rank, B, C = torch.split_with_sizes(projected, (rank, states, states), 2)
-        dt = torch.bmm(low_rank, d.dt_weight.mT)
+        dt = torch.bmm(projected[:, :, :rank], d.dt_weight.mT)
+        # Read one number at a time by the scan: converting them once here is cheaper.
+        B, C = projected[:, :, rank:].float().split_with_sizes((states, states), 2)
         return c[:, None], dt[:, None], B[:, None], C[:, None]
 
 

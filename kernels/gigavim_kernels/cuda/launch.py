@@ -22,9 +22,12 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def options(warps: int) -> dict[str, Any]:
-    """Launch options: products and sums may fuse, as every tolerance of the tests allows."""
-    return {"num_warps": warps, "enable_fp_fusion": True}
+def options(warps: int, *, registers: int | None = None) -> dict[str, Any]:
+    """Launch options: products and sums may fuse; registers per thread, where that can be said."""
+    found: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+    if registers is not None and torch.version.hip is None:
+        found["maxnreg"] = registers
+    return found
 
 
 def reverse_bits(reverse: Sequence[bool]) -> int:

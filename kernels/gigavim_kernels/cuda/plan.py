@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-RESIDENT_WARPS = 16
-"""Warps per multiprocessor that fit by registers (128 a thread) in every kernel of the scan."""
+REGISTERS = 168
+"""Per thread, at most, in the forward scan: the compiler would take more to load further ahead."""
+RESIDENT_WARPS = 12
+"""Warps per multiprocessor that fit then: 65,536 registers for threads of `REGISTERS`."""
 SHORTEST_CHUNK = 64
 """Below, the states at chunk edges cost more traffic than the tokens."""
 LANES = 32

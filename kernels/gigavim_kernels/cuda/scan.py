@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gigavim_kernels.cuda import scan_kernels
 from gigavim_kernels.cuda.launch import on_device_of, options, reverse_bits
-from gigavim_kernels.cuda.plan import ScanPlan, multiprocessors, plan_scan
+from gigavim_kernels.cuda.plan import REGISTERS, ScanPlan, multiprocessors, plan_scan
 
 COMBINE_CHANNELS = 128
 COMBINE_UNROLL = 8
@@ -75,7 +75,7 @@ def scan(
                 *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
                 N=states, BE=plan.block_e, U=plan.unroll,
-                WHOLE=plan.chunks == 1, ADD=i > 0, **options(1),
+                WHOLE=plan.chunks == 1, ADD=i > 0, **options(1, registers=REGISTERS),
             )  # fmt: skip
     return Scanned(y, last, decay, starts, plan)
 

@@ -77,21 +77,26 @@ def chunk_ends(
     backward = (reverse >> i_s) & 1
     first = start + backward * (steps - 1)
     sense = 1 - 2 * backward
+    p_x += first * s_xt
+    p_dt += first * s_dtt
+    p_b += first * s_bt
     total = tl.zeros([BE], tl.float32)
     h = zeros(total, N)
-    for i in range(0, steps // U):
-        for u in tl.static_range(U):
-            t = first + sense * (i * U + u)
-            delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-            drive = delta * row(p_x + t * s_xt, o_e, m_e)
-            h = advance(h, a, delta, drive, p_b + t * s_bt, N)
+    for _ in range(0, steps // U):
+        for _ in tl.static_range(U):
+            delta = step_size(p_dt, bias, o_e, m_e)
+            h = advance(h, a, delta, delta * row(p_x, o_e, m_e), p_b, N)
             total += delta
-    for i in range(steps // U * U, steps):
-        t = first + sense * i
-        delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-        drive = delta * row(p_x + t * s_xt, o_e, m_e)
-        h = advance(h, a, delta, drive, p_b + t * s_bt, N)
+            p_x += sense * s_xt
+            p_dt += sense * s_dtt
+            p_b += sense * s_bt
+    for _ in range(0, steps % U):
+        delta = step_size(p_dt, bias, o_e, m_e)
+        h = advance(h, a, delta, delta * row(p_x, o_e, m_e), p_b, N)
         total += delta
+        p_x += sense * s_xt
+        p_dt += sense * s_dtt
+        p_b += sense * s_bt
     o_chunk = i_chunk.to(tl.int64) * E
     store_states(p_ends + o_chunk * N, o_e, m_e, E, h, N)
     tl.store(p_sums + o_chunk + o_e, total, mask=m_e)
@@ -200,7 +205,8 @@ def chunk_outputs(
     p_b += i_b * s_bb
     p_c += i_b * s_cb
     p_y += i_b * length * E
-    p_z = p_z + i_b * s_zb if p_z is not None else p_z
+    if p_z is not None:
+        p_z += i_b * s_zb
 
     a = exponents(p_a, o_e, m_e, N)
     bias = row(p_bias, o_e, m_e) if p_bias is not None else 0.0
@@ -214,25 +220,40 @@ def chunk_outputs(
         h = zeros(total, N)
     first = start + reverse * (steps - 1)
     sense = 1 - 2 * reverse
-    for i in range(0, steps // U):
-        for u in tl.static_range(U):
-            t = first + sense * (i * U + u)
-            delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-            x = row(p_x + t * s_xt, o_e, m_e)
-            h = advance(h, a, delta, delta * x, p_b + t * s_bt, N)
-            y = project(h, p_c + t * s_ct, N) + skip * x
-            store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, ADD)
-            if WHOLE:
-                total += delta
-    for i in range(steps // U * U, steps):
-        t = first + sense * i
-        delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-        x = row(p_x + t * s_xt, o_e, m_e)
-        h = advance(h, a, delta, delta * x, p_b + t * s_bt, N)
-        y = project(h, p_c + t * s_ct, N) + skip * x
-        store_output(y, p_y, p_z, t, s_zt, o_e, m_e, E, ADD)
-        if WHOLE:
+    p_x += first * s_xt
+    p_dt += first * s_dtt
+    p_b += first * s_bt
+    p_c += first * s_ct
+    p_y += first * E
+    if p_z is not None:
+        p_z += first * s_zt
+    for _ in range(0, steps // U):
+        for _ in tl.static_range(U):
+            delta = step_size(p_dt, bias, o_e, m_e)
+            x = row(p_x, o_e, m_e)
+            h = advance(h, a, delta, delta * x, p_b, N)
+            store_output(project(h, p_c, N) + skip * x, p_y, p_z, o_e, m_e, ADD)
             total += delta
+            p_x += sense * s_xt
+            p_dt += sense * s_dtt
+            p_b += sense * s_bt
+            p_c += sense * s_ct
+            p_y += sense * E
+            if p_z is not None:
+                p_z += sense * s_zt
+    for _ in range(0, steps % U):
+        delta = step_size(p_dt, bias, o_e, m_e)
+        x = row(p_x, o_e, m_e)
+        h = advance(h, a, delta, delta * x, p_b, N)
+        store_output(project(h, p_c, N) + skip * x, p_y, p_z, o_e, m_e, ADD)
+        total += delta
+        p_x += sense * s_xt
+        p_dt += sense * s_dtt
+        p_b += sense * s_bt
+        p_c += sense * s_ct
+        p_y += sense * E
+        if p_z is not None:
+            p_z += sense * s_zt
     if WHOLE:
         store_states(p_last + o_state, o_e * N, m_e, 1, h, N)
         if p_decay is not None:
@@ -246,18 +267,14 @@ def store_output(
     y: tl.tensor,
     p_y: tl.tensor,
     p_z: tl.tensor,
-    t: tl.tensor,
-    s_zt: tl.tensor,
     o_e: tl.tensor,
     m_e: tl.tensor,
-    E: tl.tensor,
     ADD: tl.constexpr,
 ) -> None:
     """Store the outputs of a token, with what is added to them and the gate."""
-    p_token = p_y + t * E + o_e
     if ADD:
-        y += tl.load(p_token, mask=m_e, other=0.0).to(tl.float32)
+        y += row(p_y, o_e, m_e)
     if p_z is not None:
-        z = row(p_z + t * s_zt, o_e, m_e)
+        z = row(p_z, o_e, m_e)
         y *= z * sigmoid(z)
-    tl.store(p_token, y.to(p_y.dtype.element_ty), mask=m_e)
+    tl.store(p_y + o_e, y.to(p_y.dtype.element_ty), mask=m_e)
