@@ -33,6 +33,7 @@ from gigavim_kernels.cuda import ops
 from gigavim_kernels.cuda.block import CudaBlock
 from gigavim_kernels.cuda.plan import multiprocessors, plan_scan
 from gigavim_kernels.cuda.scan import scan, scan_states
+from gigavim_kernels.torch_block import TorchBlock
 from gigavim_kernels.weights import BlockWeights
 
 E, N = 384, 16
@@ -55,7 +56,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    ((64, 1_024), (32, 6_084), (1, 65_536), (1, 1_048_576)), 1_048_576, 12_000_000, 20_000, 262_144
+    ((64, 1_024), (32, 6_084), (1, 65_536), (1, 1_048_576)), 1_048_576, 12_000_000, 6_000, 262_144
 )
 QUICK = Sizes(((1, 3), (1, 67)), 20, 130, 10, 100)
 
@@ -220,7 +221,8 @@ def check_sweep(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
                 sweep_block(sequence, make(block), device=device, chunk=chunk)
             return sequence.rows(0, sizes.swept).cpu().clone()
 
-    expected = swept(lambda b: prepare_block(b, device="cpu", precision="fp32"), "cpu", None)
+    cpu = torch.device("cpu")
+    expected = swept(lambda b: TorchBlock(b, device=cpu, precision="fp32"), "cpu", None)
     for precision in get_args(Precision):
         for chunk in (None, sizes.swept // 3 + 1):
             found = swept(
@@ -272,7 +274,10 @@ def machine(device: torch.device) -> dict[str, Any]:
         "multiprocessors": count,
     }
     if device.type == "cuda":
-        clock = torch.cuda.get_device_properties(device).clock_rate * 1e3  # kHz
+        clock = (
+            float(triton.runtime.driver.active.utils.get_device_properties(0)["sm_clock_rate"])
+            * 1e3
+        )  # kHz
         found["device"] = torch.cuda.get_device_name(device)
         found["floor, ns per token and exponential pass"] = (
             E * N / (SPECIAL_UNITS * count * clock) * 1e9

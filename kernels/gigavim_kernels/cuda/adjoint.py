@@ -10,7 +10,7 @@ from gigavim_kernels.cuda.launch import on_device_of, options
 from gigavim_kernels.cuda.plan import LANES
 from gigavim_kernels.cuda.scan import combine
 
-STATES_KEPT = 64
+STATES_KEPT = 32
 """Hidden states of a channel that a thread holds at once: U tokens of N."""
 UNROLL = 4
 

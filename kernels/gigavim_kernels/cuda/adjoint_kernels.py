@@ -67,6 +67,28 @@ def retreat(
     return new
 
 
+@triton.jit
+def sum_lanes(values: tl.tensor, N: tl.constexpr) -> tl.tensor:
+    """Sum each of N rows of 32 numbers over its lanes: lane i returns the sum of row i N // 32.
+
+    Lanes pair up and each keeps half of the rows: as many exchanges as rows, in place of five each.
+    """
+    lane = tl.arange(0, 32)
+    for s in tl.static_range(5):
+        partner = lane ^ (16 >> s)
+        upper = (lane & (16 >> s)) != 0
+        if (N >> s) > 1:
+            kept = ()
+            for i in tl.static_range(N >> (s + 1)):
+                low, high = values[i], values[i + (N >> (s + 1))]
+                given = tl.gather(tl.where(upper, low, high), partner, 0)
+                kept = kept + (tl.where(upper, high, low) + given,)  # noqa: RUF005
+            values = kept
+        else:
+            values = (values[0] + tl.gather(values[0], partner, 0),)
+    return values[0]
+
+
 @triton.jit(do_not_specialize=SIZES)
 def chunk_adjoints(
     p_dy: tl.tensor,  # (B, L, E)
@@ -180,7 +202,7 @@ def chunk_gradients(
     i_b = i_chunk // chunks
     o_e = i_e * BE + tl.arange(0, BE)
     m_e = o_e < E
-    o_n = tl.arange(0, N)
+    o_n = tl.arange(0, BE) * N // BE
     start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
     p_dy += i_b * length * E
@@ -248,8 +270,8 @@ def chunk_gradients(
             d_drive = tl.zeros([BE], tl.float32)
             d_exponent = tl.zeros([BE], tl.float32)  # of exp2, times delta
             y = skip * x
-            db = tl.zeros([N], tl.float32)
-            dc = tl.zeros([N], tl.float32)
+            db = ()
+            dc = ()
             carried = ()
             sums = ()
             for n in tl.static_range(N):
@@ -258,8 +280,8 @@ def chunk_gradients(
                 l = adjoint[n] + g * c  # noqa: E741
                 d_drive += l * b
                 y += hidden[u + 1][n] * c
-                db = tl.where(o_n == n, tl.sum(l * (delta * x), 0), db)
-                dc = tl.where(o_n == n, tl.sum(g * hidden[u + 1][n], 0), dc)
+                db = db + (l * (delta * x),)  # noqa: RUF005
+                dc = dc + (g * hidden[u + 1][n],)  # noqa: RUF005
                 l = l * tl.exp2(a[n] * delta)  # noqa: E741
                 decayed = l * hidden[u][n]
                 d_exponent += a[n] * decayed
@@ -276,9 +298,9 @@ def chunk_gradients(
             if p_z is not None:
                 d_z = dy * y * gate * (1.0 + z * (1.0 - gate))
                 tl.store(p_dz + t * E + o_e, d_z.to(p_dz.dtype.element_ty), mask=m_t)
-            m_n = tl.full([N], j * U + u, tl.int32) < steps
-            tl.store(p_db + t * N + o_n, db, mask=m_n)
-            tl.store(p_dc + t * N + o_n, dc, mask=m_n)
+            m_n = inside & (tl.arange(0, BE) % (BE // N) == 0)
+            tl.store(p_db + t * N + o_n, sum_lanes(db, N), mask=m_n)
+            tl.store(p_dc + t * N + o_n, sum_lanes(dc, N), mask=m_n)
     store_states(p_da + i_chunk * N * E, o_e, m_e, E, sum_a, N)
     tl.store(p_dd + i_chunk * E + o_e, sum_d, mask=m_e)
     tl.store(p_dbias + i_chunk * E + o_e, sum_bias, mask=m_e)
