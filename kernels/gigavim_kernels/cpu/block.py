@@ -28,9 +28,11 @@ from gigavim_kernels.cpu.simd import LANES
 from gigavim_kernels.cpu.team import Team, share, team_of
 from gigavim_kernels.weights import BlockWeights
 
-CACHED_ACTIVATIONS = 1 << 18
-"""Elements of the widest operand of a matrix product that stay in a core's second-level cache."""
-TILES_PER_THREAD = 2
+TILE_ELEMENTS = 1 << 21
+"""Activations (rows x channels) that a thread works on at a time. Caches would like fewer, but each
+call from Python holds the interpreter's lock for some microseconds while other threads wait."""
+MOST_CHUNK_ROWS = 1 << 15
+"""Bounds the buffers where threads are many."""
 
 
 class CpuBlock:
@@ -50,8 +52,9 @@ class CpuBlock:
         self._stream_scale = block.stream_scale
         widths = [len(d.conv_weight) for b in self._branches for d in b.directions]
         self.halo = max(widths) - 1
-        self._tile = min(_tile_rows(b.in_proj_x.shape[1]) for b in self._branches)
-        self.chunk = TILES_PER_THREAD * self._tile * self._team.threads
+        threads = self._team.threads
+        self._tile = min(_tile_rows(b.in_proj_x.shape[1], threads) for b in self._branches)
+        self.chunk = self._tile * threads
 
     def zero_states(self, *, reverse: bool) -> States:
         """See `BlockKernel.zero_states`."""
@@ -68,12 +71,12 @@ class CpuBlock:
         carried: list[Tensor] = []
         given = iter(states)
         with self._team.exclusive():
-            padded_stream = self._with_halos(stream, left, right)
+            rows = (left, stream, right)
             for branch in self._branches:
                 directions = tuple(d for d in branch.directions if d.reverse)
                 if directions:
                     chunk = _Chunk(self._team, branch, directions, 0, len(stream), self._tile)
-                    chunk.project(padded_stream, self.halo, gated=False)
+                    chunk.project(rows, gated=False)
                     carried += chunk.scan([next(given) for _ in directions], outputs=False)
         return tuple(carried)
 
@@ -85,23 +88,17 @@ class CpuBlock:
         carried: list[Tensor] = []
         given = {False: iter(forward), True: iter(reverse)}
         with self._team.exclusive():
-            padded_stream = self._with_halos(stream, left, right)
+            rows = (left, stream, right)
             chunks = []
             for number, branch in enumerate(self._branches):
                 directions = branch.directions
                 chunk = _Chunk(self._team, branch, directions, number, len(stream), self._tile)
-                chunk.project(padded_stream, self.halo, gated=True)
+                chunk.project(rows, gated=True)
                 last = chunk.scan([next(given[d.reverse]) for d in directions], outputs=True)
                 carried += [s for s, d in zip(last, directions) if not d.reverse]
                 chunks.append(chunk)
             self._add_outputs(stream, chunks)
         return tuple(carried)
-
-    def _with_halos(self, stream: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        rows = self._team.buffer(
-            "stream", len(stream) + 2 * self.halo, stream.shape[1], torch.float32
-        )
-        return torch.cat((left, stream, right), out=rows)
 
     def _add_outputs(self, stream: Tensor, chunks: list["_Chunk"]) -> None:
         columns = stream.shape[1]
@@ -152,34 +149,29 @@ class _Chunk:
             for i, d in enumerate(directions)
         ]
 
-    def project(self, padded_stream: Tensor, halo: int, *, gated: bool) -> None:
-        """Fill the scans' inputs from the stream (halo + T + halo, D)."""
+    def project(self, rows: tuple[Tensor, Tensor, Tensor], *, gated: bool) -> None:
+        """Fill the scans' inputs from the stream: left halo, chunk (T, D), right halo."""
 
         def work(worker: int) -> None:
             for start, stop in _tiles(self._tokens, self._tile, worker, self._team.threads):
-                self._project_tile(worker, padded_stream, halo, start, stop, gated)
+                self._project_tile(worker, rows, start, stop, gated)
 
         self._team.run(work)
 
     def _project_tile(
-        self, worker: int, padded_stream: Tensor, halo: int, start: int, stop: int, gated: bool
+        self,
+        worker: int,
+        rows: tuple[Tensor, Tensor, Tensor],
+        start: int,
+        stop: int,
+        gated: bool,
     ) -> None:
-        branch, rows = self.branch, stop - start + 2 * halo
-        columns = padded_stream.shape[1]
-        normed = self._team.buffer(f"normed{worker}", rows, columns, torch.float32)
-        x = self._team.buffer(f"x{worker}", rows, self._width, self._product)
-        rms_norm(
-            padded_stream[start : stop + 2 * halo].numpy(),
-            branch.norm_weight,
-            branch.norm_eps,
-            normed.numpy(),
-        )
-        if self._product != torch.float32:
-            halves = self._team.buffer(f"halves{worker}", rows, columns, self._product)
-            normed = halves.copy_(normed)
+        branch, halo = self.branch, len(rows[0])
+        normed = self._normed(worker, rows, start, stop)
+        x = self._team.buffer(f"x{worker}", len(normed), self._width, self._product)
         torch.mm(normed, branch.in_proj_x, out=x)
         if gated:
-            inner = normed[halo : rows - halo]
+            inner = normed[halo : len(normed) - halo]
             torch.mm(inner, branch.in_proj_z, out=self._z[start:stop])
         for direction, c, projected in zip(self._directions, self._c, self._projected):
             width = len(direction.conv_weight)
@@ -199,6 +191,28 @@ class _Chunk:
                     f"q{worker}", len(target), target.shape[1], self._product
                 )
                 target.copy_(torch.mm(c[start:stop], direction.x_proj, out=halves))
+
+    def _normed(
+        self, worker: int, rows: tuple[Tensor, Tensor, Tensor], start: int, stop: int
+    ) -> Tensor:
+        """RMSNorm of a tile with its halos, (halo + rows + halo, D), in the products' dtype."""
+        halo, branch = len(rows[0]), self.branch
+        count, columns = stop - start + 2 * halo, rows[0].shape[1]
+        normed = self._team.buffer(f"normed{worker}", count, columns, torch.float32)
+        place = start - halo  # of the tile's first row, counted from that of the chunk
+        for source, origin in zip(rows, (-halo, 0, self._tokens)):
+            first = max(place, origin)
+            last = min(place + count, origin + len(source))
+            if first < last:
+                rms_norm(
+                    source[first - origin : last - origin].numpy(),
+                    branch.norm_weight,
+                    branch.norm_eps,
+                    normed[first - place : last - place].numpy(),
+                )
+        if self._product == torch.float32:
+            return normed
+        return self._team.buffer(f"halves{worker}", count, columns, self._product).copy_(normed)
 
     def scan(self, states: list[Tensor], *, outputs: bool) -> list[Tensor]:
         """Scan all directions and return the carried states; y gets the gated sum."""
@@ -230,10 +244,10 @@ class _Chunk:
         ]
 
 
-def _tile_rows(width: int) -> int:
-    """Return the rows of one matrix product, a power of two: too few and the product is slow."""
-    fitting = 1 << (CACHED_ACTIVATIONS // width).bit_length() - 1
-    return max(256, min(1024, fitting))
+def _tile_rows(width: int, threads: int) -> int:
+    """Return the rows a thread works on at a time, a power of two."""
+    rows = min(TILE_ELEMENTS // width, MOST_CHUNK_ROWS // threads)
+    return max(256, 1 << rows.bit_length() - 1)
 
 
 def _tiles(tokens: int, rows: int, worker: int, workers: int) -> Iterator[tuple[int, int]]:
