@@ -41,6 +41,7 @@ from gigavim.tokens.tissue import kept_cells, tissue_mask
 from gigavim_kernels.backends import Precision, resolve_precision
 
 MOST_READERS = 8
+MOST_WRITING_BYTES = 350_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,9 +355,12 @@ def _limit(text: str) -> int | None:
 
 
 def _other_bytes(grid: TokenGrid, readers: int, block_px: int) -> int:
-    """RAM of the reading stage: blocks in flight (pixels, source, resampling) and cell maps."""
-    in_flight = (2 * readers + 2) * block_px**2 * 3 * 2
-    return in_flight + grid.rows * grid.cols * (8 + 4 + 2)
+    """RAM beside the encoder's: the larger of reading and writing, and the maps of cells."""
+    # Blocks in flight, each with its source and its resampled pixels.
+    reading = (2 * readers + 2) * block_px**2 * 3 * 2
+    # Polygons open across tile rows: measured 0.3 GB for 4e8 map pixels full of nuclei.
+    writing = min(grid.frame.width_px * grid.frame.height_px, MOST_WRITING_BYTES)
+    return max(reading, writing) + grid.rows * grid.cols * (8 + 4 + 2)
 
 
 def _scratch_parent(settings: Settings) -> Path:
