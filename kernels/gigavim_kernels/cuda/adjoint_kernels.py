@@ -20,7 +20,6 @@ from gigavim_kernels.cuda.arithmetic import (
     advance,
     exponents,
     load_states,
-    numbers,
     row,
     sigmoid,
     softplus,
@@ -234,9 +233,7 @@ def chunk_gradients(
         for u in tl.static_range(U):
             t = first + sense * (j * U + u)
             delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-            h = advance(
-                h, a, delta, delta * row(p_x + t * s_xt, o_e, m_e), numbers(p_b + t * s_bt, N), N
-            )
+            h = advance(h, a, delta, delta * row(p_x + t * s_xt, o_e, m_e), p_b + t * s_bt, N)
     store_states(p_scratch, o_e, m_e, E, h, N)
 
     adjoint = load_states(p_exits + i_chunk * N * E, o_e, m_e, E, N)
@@ -255,8 +252,7 @@ def chunk_gradients(
             raw = row(p_dt + t * s_dtt, o_e, m_e) + bias
             x = row(p_x + t * s_xt, o_e, m_e)
             delta = tl.where(inside, softplus(raw), 0.0)
-            b = numbers(p_b + t * s_bt, N)
-            hidden = hidden + (advance(hidden[u], a, delta, delta * x, b, N),)  # noqa: RUF005
+            hidden = hidden + (advance(hidden[u], a, delta, delta * x, p_b + t * s_bt, N),)  # noqa: RUF005
             raws = raws + (raw,)  # noqa: RUF005
             deltas = deltas + (delta,)  # noqa: RUF005
             inputs = inputs + (x,)  # noqa: RUF005
@@ -279,10 +275,10 @@ def chunk_gradients(
             carried = ()
             sums = ()
             for n in tl.static_range(N):
-                b_n = tl.load(p_b + t * s_bt + n).to(tl.float32)
+                b = tl.load(p_b + t * s_bt + n).to(tl.float32)
                 c = tl.load(p_c + t * s_ct + n).to(tl.float32)
                 l = adjoint[n] + g * c  # noqa: E741
-                d_drive += l * b_n
+                d_drive += l * b
                 y += hidden[u + 1][n] * c
                 db = db + (l * (delta * x),)  # noqa: RUF005
                 dc = dc + (g * hidden[u + 1][n],)  # noqa: RUF005

@@ -90,35 +90,26 @@ def exponents(p_a: tl.tensor, o_e: tl.tensor, m_e: tl.tensor, N: tl.constexpr) -
 
 
 @triton.jit
-def numbers(p: tl.tensor, N: tl.constexpr) -> tl.tensor:
-    """The N numbers of a token that all channels share."""
-    found = ()
-    for n in tl.static_range(N):
-        found = found + (tl.load(p + n),)  # noqa: RUF005
-    return found
-
-
-@triton.jit
 def advance(
     states: tl.tensor,
     a: tl.tensor,
     delta: tl.tensor,
     drive: tl.tensor,
-    b: tl.tensor,
+    p_b: tl.tensor,
     N: tl.constexpr,
 ) -> tl.tensor:
-    """One step of the recurrence: exp(A delta) h + drive B, with the token's N numbers B."""
+    """One step of the recurrence: exp(A delta) h + drive B, with the token's N numbers at p_b."""
     new = ()
     for n in tl.static_range(N):
-        driven = drive * b[n].to(tl.float32)
-        new = new + (tl.exp2(a[n] * delta) * states[n] + driven,)  # noqa: RUF005
+        b = tl.load(p_b + n).to(tl.float32)
+        new = new + (tl.exp2(a[n] * delta) * states[n] + drive * b,)  # noqa: RUF005
     return new
 
 
 @triton.jit
-def project(states: tl.tensor, c: tl.tensor, N: tl.constexpr) -> tl.tensor:
-    """C . h of every channel, with the token's N numbers C."""
-    y = states[0] * c[0].to(tl.float32)
+def project(states: tl.tensor, p_c: tl.tensor, N: tl.constexpr) -> tl.tensor:
+    """C . h of every channel, with the token's N numbers of C at p_c."""
+    y = states[0] * tl.load(p_c).to(tl.float32)
     for n in tl.static_range(1, N):
-        y += states[n] * c[n].to(tl.float32)
+        y += states[n] * tl.load(p_c + n).to(tl.float32)
     return y

@@ -25,6 +25,7 @@ class ScanPlan:
     block_e: int
     """Channels of a program: lanes of one warp, times channels per lane."""
     blocks_e: int
+    unroll: int
 
 
 def plan_scan(
@@ -53,10 +54,9 @@ def plan_scan(
         cuts = wave // chains if wave >= 2 * chains else 1
         chunk = max(-(-length // cuts), SHORTEST_CHUNK if cuts > 1 else 1)
     chunk = max(1, min(chunk, length))
-    return ScanPlan(chunk, max(1, -(-length // chunk)), block_e, blocks_e)
+    return ScanPlan(chunk, max(1, -(-length // chunk)), block_e, blocks_e, 4 if chunk >= 4 else 1)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors (compute units) of a GPU."""
     if device.type == "cpu":

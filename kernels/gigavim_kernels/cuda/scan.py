@@ -74,7 +74,7 @@ def scan(
                 *x.stride()[1:3], *dt.stride()[1:3], *B.stride()[1:3], *C.stride()[1:3],
                 *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
-                N=states, BE=plan.block_e,
+                N=states, BE=plan.block_e, U=plan.unroll,
                 WHOLE=plan.chunks == 1, ADD=i > 0, **options(1, registers=REGISTERS),
             )  # fmt: skip
     return Scanned(y, last, decay, starts, plan)
@@ -123,7 +123,7 @@ def enter_chunks(
             length, batch, plan.chunk, plan.chunks, channels,
             *x.stride()[:3], *dt.stride()[:3], *B.stride()[:3],
             reverse_bits(reverse),
-            N=states, BE=plan.block_e, **options(1),
+            N=states, BE=plan.block_e, U=plan.unroll, **options(1),
         )  # fmt: skip
     combine(ends, sums, A, first, last, decay, reverse)
     return ends

@@ -20,11 +20,10 @@ from gigavim_kernels.cuda.arithmetic import (
     advance,
     exponents,
     load_states,
-    numbers,
     project,
     row,
     sigmoid,
-    softplus,
+    step_size,
     store_states,
     zeros,
 )
@@ -57,6 +56,7 @@ def chunk_ends(
     reverse: tl.tensor,
     N: tl.constexpr,
     BE: tl.constexpr,
+    U: tl.constexpr,
 ) -> None:
     """End state and sum of steps of one chunk, entered with a state of zero."""
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
@@ -82,20 +82,21 @@ def chunk_ends(
     p_b += first * s_bt
     total = tl.zeros([BE], tl.float32)
     h = zeros(total, N)
-    # A token is loaded while the one before is computed: with few warps, latency is what costs.
-    x, dt, b = peek(p_x, o_e, m_e), peek(p_dt, o_e, m_e), numbers(p_b, N)
-    for _ in range(0, steps - 1):
+    for _ in range(0, steps // U):
+        for _ in tl.static_range(U):
+            delta = step_size(p_dt, bias, o_e, m_e)
+            h = advance(h, a, delta, delta * row(p_x, o_e, m_e), p_b, N)
+            total += delta
+            p_x += sense * s_xt
+            p_dt += sense * s_dtt
+            p_b += sense * s_bt
+    for _ in range(0, steps % U):
+        delta = step_size(p_dt, bias, o_e, m_e)
+        h = advance(h, a, delta, delta * row(p_x, o_e, m_e), p_b, N)
+        total += delta
         p_x += sense * s_xt
         p_dt += sense * s_dtt
         p_b += sense * s_bt
-        next_x, next_dt, next_b = peek(p_x, o_e, m_e), peek(p_dt, o_e, m_e), numbers(p_b, N)
-        delta = softplus(dt.to(tl.float32) + bias)
-        h = advance(h, a, delta, delta * x.to(tl.float32), b, N)
-        total += delta
-        x, dt, b = next_x, next_dt, next_b
-    delta = softplus(dt.to(tl.float32) + bias)
-    h = advance(h, a, delta, delta * x.to(tl.float32), b, N)
-    total += delta
     o_chunk = i_chunk.to(tl.int64) * E
     store_states(p_ends + o_chunk * N, o_e, m_e, E, h, N)
     tl.store(p_sums + o_chunk + o_e, total, mask=m_e)
@@ -185,6 +186,7 @@ def chunk_outputs(
     reverse: tl.tensor,
     N: tl.constexpr,
     BE: tl.constexpr,
+    U: tl.constexpr,
     WHOLE: tl.constexpr,
     ADD: tl.constexpr,
 ) -> None:
@@ -225,34 +227,33 @@ def chunk_outputs(
     p_y += first * E
     if p_z is not None:
         p_z += first * s_zt
-    # A token is loaded while the one before is computed: with few warps, latency is what costs.
-    x, dt = peek(p_x, o_e, m_e), peek(p_dt, o_e, m_e)
-    b, c = numbers(p_b, N), numbers(p_c, N)
-    z = peek(p_z, o_e, m_e) if p_z is not None else x
-    added = peek(p_y, o_e, m_e) if ADD else x
-    for _ in range(0, steps - 1):
+    for _ in range(0, steps // U):
+        for _ in tl.static_range(U):
+            delta = step_size(p_dt, bias, o_e, m_e)
+            x = row(p_x, o_e, m_e)
+            h = advance(h, a, delta, delta * x, p_b, N)
+            store_output(project(h, p_c, N) + skip * x, p_y, p_z, o_e, m_e, ADD)
+            total += delta
+            p_x += sense * s_xt
+            p_dt += sense * s_dtt
+            p_b += sense * s_bt
+            p_c += sense * s_ct
+            p_y += sense * E
+            if p_z is not None:
+                p_z += sense * s_zt
+    for _ in range(0, steps % U):
+        delta = step_size(p_dt, bias, o_e, m_e)
+        x = row(p_x, o_e, m_e)
+        h = advance(h, a, delta, delta * x, p_b, N)
+        store_output(project(h, p_c, N) + skip * x, p_y, p_z, o_e, m_e, ADD)
+        total += delta
         p_x += sense * s_xt
         p_dt += sense * s_dtt
         p_b += sense * s_bt
         p_c += sense * s_ct
+        p_y += sense * E
         if p_z is not None:
             p_z += sense * s_zt
-        next_x, next_dt = peek(p_x, o_e, m_e), peek(p_dt, o_e, m_e)
-        next_b, next_c = numbers(p_b, N), numbers(p_c, N)
-        next_z = peek(p_z, o_e, m_e) if p_z is not None else next_x
-        next_added = peek(p_y + sense * E, o_e, m_e) if ADD else next_x
-        delta = softplus(dt.to(tl.float32) + bias)
-        h = advance(h, a, delta, delta * x.to(tl.float32), b, N)
-        y = project(h, c, N) + skip * x.to(tl.float32)
-        store_output(y, added, z, p_y, p_z, o_e, m_e, ADD)
-        total += delta
-        p_y += sense * E
-        x, dt, b, c, z, added = next_x, next_dt, next_b, next_c, next_z, next_added
-    delta = softplus(dt.to(tl.float32) + bias)
-    h = advance(h, a, delta, delta * x.to(tl.float32), b, N)
-    y = project(h, c, N) + skip * x.to(tl.float32)
-    store_output(y, added, z, p_y, p_z, o_e, m_e, ADD)
-    total += delta
     if WHOLE:
         store_states(p_last + o_state, o_e * N, m_e, 1, h, N)
         if p_decay is not None:
@@ -262,16 +263,8 @@ def chunk_outputs(
 
 
 @triton.jit
-def peek(p_row: tl.tensor, o_e: tl.tensor, m_e: tl.tensor) -> tl.tensor:
-    """Load the channels o_e of a token as they are stored."""
-    return tl.load(p_row + o_e, mask=m_e, other=0.0)
-
-
-@triton.jit
 def store_output(
     y: tl.tensor,
-    added: tl.tensor,
-    z: tl.tensor,
     p_y: tl.tensor,
     p_z: tl.tensor,
     o_e: tl.tensor,
@@ -280,8 +273,8 @@ def store_output(
 ) -> None:
     """Store the outputs of a token, with what is added to them and the gate."""
     if ADD:
-        y += added.to(tl.float32)
+        y += row(p_y, o_e, m_e)
     if p_z is not None:
-        gate = z.to(tl.float32)
-        y *= gate * sigmoid(gate)
+        z = row(p_z, o_e, m_e)
+        y *= z * sigmoid(z)
     tl.store(p_y + o_e, y.to(p_y.dtype.element_ty), mask=m_e)
