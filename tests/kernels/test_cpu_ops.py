@@ -33,7 +33,7 @@ def test_scan_at_any_size_and_step(
     found = cpu.selective_scan(**scan, reverse=reverse)
     expected = naive.selective_scan(**double(scan), reverse=reverse)
     assert found.y.dtype == torch.float32
-    assert relative_error(found.y, expected.y) < 1e-6
+    assert relative_error(found.y, expected.y) < 1e-5  # one number may cancel
     assert relative_error(found.state, expected.state) < 1e-6
     assert (found.decay.double() - expected.decay).abs().sum() < 1e-5
 
