@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from dask import get
 from dask.delayed import delayed
 
 from gigavim.errors import SettingsError
@@ -203,8 +204,9 @@ def _run(tasks: Iterator[Any], workers: int, prefetch: int) -> Generator[PatchBl
 
 
 def _compute(task: Any) -> PatchBlock:
-    # The pool is ours, so that blocks come in order and so many at a time: dask runs each in place.
-    block: PatchBlock = task.compute(scheduler="synchronous")
+    # The pool is ours, so that blocks come in order and so many at a time: dask runs each in place,
+    # without the preparations of `compute`, which cost a twelfth of the time of reading.
+    block: PatchBlock = get(task.__dask_graph__(), task.key)
     return block
 
 
