@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from dask import get
 from dask.delayed import delayed
+from dask.local import get_sync
 
 from gigavim.errors import SettingsError
 from gigavim.tokens.grid import TokenGrid
@@ -206,7 +206,7 @@ def _run(tasks: Iterator[Any], workers: int, prefetch: int) -> Generator[PatchBl
 def _compute(task: Any) -> PatchBlock:
     # The pool is ours, so that blocks come in order and so many at a time: dask runs each in place,
     # without the preparations of `compute`, which cost a twelfth of the time of reading.
-    block: PatchBlock = get(task.__dask_graph__(), task.key)
+    block: PatchBlock = get_sync(task.__dask_graph__(), task.key)
     return block
 
 
