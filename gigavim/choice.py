@@ -60,11 +60,12 @@ def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> floa
     own = (slide.mpp.x * slide.mpp.y) ** 0.5
     # A finer scan is brought to the model's resolution; a coarser one lacks the detail.
     if own > coarsest * 1.05 or not finest * 0.95 <= wanted <= coarsest * 1.05:
-        seen = max(own, wanted)
+        seen, origin = (own, slide.mpp.source) if own > coarsest * 1.05 else (wanted, "model.mpp")
         raise ModelError(
             f"{slide.path}: {card.name} was trained for {finest:g} to {coarsest:g} um per pixel,"
-            f" this would be {seen:.4g} (from {slide.mpp.source}). Choose another --model, correct"
-            " the file's resolution with --slide-mpp, or insist with --allow-mpp-mismatch."
+            f" this would be {seen:.4g} (from {origin}). Choose another --model, correct the file's"
+            " resolution with --slide-mpp, leave out --mpp and --mag, or insist with"
+            " --allow-mpp-mismatch."
         )
     return wanted
 

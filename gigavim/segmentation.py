@@ -28,6 +28,7 @@ from gigavim.engine.sweep import sweep
 from gigavim.errors import OutputError, SlideError
 from gigavim.frames import MapFrame
 from gigavim.model.sequence import patch_slots
+from gigavim.names import as_text, result_stem
 from gigavim.outputs.atomic import OutputSet, explained
 from gigavim.outputs.labels import Coverage, LabelStore
 from gigavim.outputs.results import write_results
@@ -130,7 +131,7 @@ def segment(
         slide = _open(path, settings)
     georeferenced = slide.georeference is not None
     folder = Path(settings.output.directory)
-    targets = result_paths(folder, stem or path.resolve().stem, settings, georeferenced)
+    targets = result_paths(folder, stem or result_stem(path), settings, georeferenced)
     with slide, OutputSet(overwrite=settings.output.overwrite) as outputs:
         parts = {kind: outputs.path(target) for kind, target in targets.items()}
         job = _prepare(slide, settings, scratch=_scratch_parent(settings), watch=watch)
@@ -325,7 +326,7 @@ def _facts(
     """What the summary says beyond the map itself."""
     frame: MapFrame = job.grid.frame
     return {
-        "slide": str(job.slide.path),
+        "slide": as_text(job.slide.path),
         "map": {
             "width_px": frame.width_px,
             "height_px": frame.height_px,

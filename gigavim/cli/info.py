@@ -7,6 +7,7 @@ import click
 
 from gigavim.cli import options
 from gigavim.errors import GigavimError
+from gigavim.names import as_text
 
 if TYPE_CHECKING:
     from gigavim.slides.base import Slide
@@ -58,7 +59,7 @@ def describe(slide: "Slide") -> dict[str, Any]:
     mpp, bounds, georeference = slide.mpp, slide.bounds, slide.georeference
     width, height = slide.levels[0].width, slide.levels[0].height
     return {
-        "path": str(slide.path),
+        "path": as_text(slide.path),
         "reader": slide.reader,
         "width_px": width,
         "height_px": height,

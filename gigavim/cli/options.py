@@ -73,7 +73,7 @@ def channels(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     if value is None:
         return None
     parts = value.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter("three channel numbers are wanted, such as 0,1,2", ctx, param)
     return [int(part) for part in parts]
 

@@ -9,6 +9,7 @@ from gigavim.cli import options
 from gigavim.cli.progress import Bars
 from gigavim.config import Settings, load_settings
 from gigavim.errors import GigavimError
+from gigavim.names import own_name, result_stem
 
 if TYPE_CHECKING:
     from gigavim.segmentation import Segmentation
@@ -107,19 +108,19 @@ def command(
     settings = _settings(config, flags)
     stems = output_stems(inputs)
     failed: list[tuple[Path, GigavimError]] = []
-    for path in inputs:
+    for path, stem in stems.items():
         try:
-            _segment_one(path, stems[path], settings, dry_run=dry_run, as_json=as_json)
+            _segment_one(path, stem, settings, dry_run=dry_run, as_json=as_json)
         except GigavimError as error:
-            if len(inputs) == 1 or fail_fast:
+            if len(stems) == 1 or fail_fast:
                 raise
             click.echo(f"Error: {error}", err=True)
             failed.append((path, error))
     if failed:
-        click.echo(f"\n{len(failed)} of {len(inputs)} slides failed:", err=True)
+        click.echo(f"\n{len(failed)} of {len(stems)} slides failed:", err=True)
         for path, reason in failed:
             click.echo(f"  {path}: {type(reason).__name__}", err=True)
-        return 3 if len(failed) < len(inputs) else 1
+        return 3 if len(failed) < len(stems) else 1
     return 0
 
 
@@ -155,14 +156,15 @@ def _settings(config: Path | None, flags: dict[str, Any]) -> Settings:
 def output_stems(inputs: tuple[Path, ...]) -> dict[Path, str]:
     """Name each slide's results: its stem, or its whole name where two share a stem.
 
+    A path given twice counts once.
+
     Raises:
         click.UsageError: two inputs have the same name: one would replace the other's results.
     """
     paths = list(dict.fromkeys(inputs))
-    stems = [path.resolve().name.split(".ome.")[0] if ".ome." in path.name else path.resolve().stem
-             for path in paths]  # fmt: skip
+    stems = [result_stem(path) for path in paths]
     names = [
-        stem if stems.count(stem) == 1 else path.resolve().name
+        stem if stems.count(stem) == 1 else own_name(path)
         for path, stem in zip(paths, stems, strict=True)
     ]
     for name in names:

@@ -86,8 +86,8 @@ class OutputSet:
         """The temporary path to write to; it ends in the name of `path`, suffixes and all."""
         final = Path(path).absolute()
         if final not in self._temporary:
-            self._refuse_existing(final)
             with explained(final):
+                self._refuse_existing(final)
                 self._make_folder(final.parent)
                 temporary = final.with_name(f".partial-{uuid4().hex[:8]}-{final.name}")
                 temporary.touch(exist_ok=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gigavim.errors import OutputError
 from gigavim.frames import ClassSpec, MapFrame
+from gigavim.names import as_text
 from gigavim.outputs.geojson import write_geojson
 from gigavim.outputs.labels import LabelStore
 from gigavim.outputs.ome_tiff import write_ome_tiff
@@ -70,7 +71,7 @@ def write_results(
 
     writers: dict[str, Callable[[Path], None]] = {
         "ome-tiff": lambda path: write_ome_tiff(
-            labels, frame, classes, path, name=slide.path.name, overwrite=True
+            labels, frame, classes, path, name=as_text(slide.path.name), overwrite=True
         ),
         "geotiff": geotiff,
         "geojson": geojson,

@@ -77,7 +77,7 @@ def choose_mpp(
         elif _differ(believed, claim):
             log.warning(
                 "%s: %s says %.4g um per pixel, but %s says %.4g; the first is used "
-                "(--mpp overrides)",
+                "(--slide-mpp overrides)",
                 path,
                 believed.source,
                 believed.x,

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,8 +63,8 @@ def look_at(path: Path) -> Source:
         SlideError: if there is nothing to read: a missing or empty file, a Git LFS pointer, a
             directory that is no slide.
     """
-    if not path.exists():
-        raise SlideError(f"{path}: does not exist{_did_you_mean(path)}")
+    if not _exists(path):
+        raise SlideError(f"{path}: {_why_missing(path)}")
     if path.is_dir():
         return Source(path, _kind_of_directory(path))
     if not path.is_file():
@@ -92,7 +93,7 @@ def _kind_of_file(path: Path, head: bytes) -> Kind:
     if head.startswith(IMAGE_MAGIC):
         beside = (Path(f"{path}{end}") for end in GEO_SIDECARS)
         instead = (path.with_suffix(end) for end in GEO_SIDECARS if end != ".aux.xml")
-        if any(item.exists() for item in (*beside, *instead)):
+        if any(_exists(item) for item in (*beside, *instead)):
             return "georeferenced image"
         return "image"
     if head[128:132] == b"DICM":
@@ -169,6 +170,19 @@ def _is_dicom(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name too long for the file system
+        return False
+
+
+def _why_missing(path: Path) -> str:
+    with suppress(OSError):  # no link, or no such name
+        return f"is a link to {path.readlink()}, which does not exist; mend the link or fetch it"
+    return f"does not exist{_did_you_mean(path)}"
 
 
 def _did_you_mean(path: Path) -> str:

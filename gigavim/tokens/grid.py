@@ -24,6 +24,8 @@ WHOLE_SCALE_TOLERANCE = 0.005
 
 # One byte per cell, in the mask of kept cells alone; also 2,000 times the largest slides of today.
 LARGEST_GRID_CELLS = 1 << 34
+LARGEST_SCALE = 1000
+"""Slide pixels to a map pixel: more is a mistyped resolution, and would read the slide at once."""
 
 # A strip narrower than this share of a map pixel, left by a rounded division, is no pixel.
 _NO_PIXEL = 1e-6
@@ -135,6 +137,11 @@ def _map_frame(slide: "Slide", mpp: float | None) -> MapFrame:
             raise missing_mpp(slide.path)
         scale_x = _scale(mpp / slide.mpp.x)
         scale_y = _scale(mpp / slide.mpp.y)
+        if max(scale_x, scale_y) > LARGEST_SCALE:
+            raise SettingsError(
+                f"{slide.path}: {mpp:g} µm per pixel is over {LARGEST_SCALE:,} times the slide's"
+                f" {slide.mpp.x:g} (from {slide.mpp.source}): correct --slide-mpp or --mpp"
+            )
     return MapFrame(
         width_px=_pixels_to_cover(bounds.width_level0, scale_x),
         height_px=_pixels_to_cover(bounds.height_level0, scale_y),

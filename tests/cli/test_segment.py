@@ -1,6 +1,8 @@
 """`gigavim segment` as a user meets it."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -93,11 +95,14 @@ def test_fail_fast_stops_at_the_first(run, make_slide, tiny_model, tmp_path):
         (["--max-memory", "lots"], 1, ["lots"]),
         (["--max-memory", "1MB"], 1, ["MB"]),
         (["--channels", "0,1"], 2, ["0,1,2"]),
+        (["--channels", "²,1,2"], 2, ["0,1,2"]),
         (["--format", "geotiff"], 1, ["geotiff", "georeferenced"]),
         (["--tissue", "nowhere.geojson"], 1, ["nowhere.geojson"]),
         (["--weights", "nowhere.safetensors"], 1, ["nowhere.safetensors"]),
         (["--config", "nowhere.toml"], 1, ["nowhere.toml"]),
         (["--slide-mpp", "5"], 1, ["--allow-mpp-mismatch", "--slide-mpp"]),
+        (["--slide-mpp", "1e-9"], 1, ["slide.tif", "--slide-mpp"]),
+        (["--mpp", "1e-9"], 1, ["1e-09 (from model.mpp)", "--mpp"]),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -184,11 +189,45 @@ def test_two_slides_of_one_name_do_not_overwrite_each_other(run, make_slide, tin
     assert "x" in result.err
 
 
+def test_a_path_given_twice_counts_once(run, make_slide, tiny_model, tmp_path):
+    path = make_slide()
+    result = run("segment", path, path, "--model", tiny_model)
+    assert result.code == 0, result.err
+    assert result.out.count("slide.summary.json") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_results_have_the_name_of_a_link_not_of_what_it_points_to(
+    run, make_slide, tiny_model, tmp_path
+):
+    link = tmp_path / "patient.tif"
+    link.symlink_to(make_slide("8f3a.tif"))
+    assert run("segment", link, "--model", tiny_model).code == 0
+    assert "patient.summary.json" in files(tmp_path / "gigavim_out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse the name")
+def test_a_name_that_is_no_text(run, make_slide, tiny_model, tmp_path):
+    path = make_slide().rename(tmp_path / os.fsdecode(b"caf\xe9.tif"))
+    result = run("segment", path, "--model", tiny_model, "--json", "-q")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["slide"].endswith("caf\ufffd.tif")
+    assert len(list((tmp_path / "gigavim_out").iterdir())) == 4
+    assert json.loads(run("info", path, "--json").out)["path"].endswith("caf\ufffd.tif")
+
+
+def test_a_name_too_long_for_the_results_is_said(run, make_slide, tiny_model, tmp_path):
+    path = make_slide(f"{'x' * 240}.tif")
+    result = run("segment", path, "--model", tiny_model)
+    assert result.code == 1
+    assert "cannot be written" in result.err
+    assert not (tmp_path / "gigavim_out").exists()
+
+
 @pytest.mark.slow
 def test_a_polite_request_to_end_leaves_nothing(make_slide, tiny_model, tmp_path):
     import signal
     import subprocess
-    import sys
     import time
 
     code = "from gigavim.cli.main import main; main()"

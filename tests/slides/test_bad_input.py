@@ -233,3 +233,23 @@ def test_every_corrupt_file_is_refused_or_read(data):
         else:
             assert word == "refused", path
             assert path.name in rest
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_links_that_lead_nowhere_say_where(tmp_path):
+    link, loop = tmp_path / "link.svs", tmp_path / "loop.svs"
+    link.symlink_to("/nowhere/slide.svs")
+    loop.symlink_to(loop)
+    refuse(link, r"is a link to /nowhere/slide\.svs, which does not exist")
+    refuse(loop, "is a link to")
+
+
+def test_names_as_long_as_they_can_be(tmp_path):
+    refuse(tmp_path / f"{'x' * 300}.svs", "does not exist")
+    path = tmp_path / f"{'x' * 245}.png"
+    try:
+        Image.new("RGB", (8, 8)).save(path)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    with open_slide(path) as slide:
+        assert slide.levels[0].width == 8
