@@ -132,7 +132,9 @@ def test_gdal_hides_the_errno_of_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
 def test_an_interrupted_process_leaves_nothing(tmp_path):
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A background job of a shell without job control inherits that it is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from gigavim.outputs.atomic import atomic_path\n"
         "with atomic_path(sys.argv[1]) as partial:\n"
         "    partial.write_text('half'); print('ready', flush=True); time.sleep(60)\n"
