@@ -100,8 +100,11 @@ def load_settings(path: Path | None = None) -> Settings:
             return Settings()
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: there is no such settings file; check --config.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot read the settings: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"{path}: cannot read the settings: {reason}.") from error
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

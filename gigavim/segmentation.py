@@ -29,7 +29,7 @@ from gigavim.errors import OutputError, SlideError
 from gigavim.frames import MapFrame
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text, result_stem
-from gigavim.outputs.atomic import OutputSet, explained
+from gigavim.outputs.atomic import OutputSet
 from gigavim.outputs.labels import Coverage, LabelStore
 from gigavim.outputs.results import write_results
 from gigavim.progress import Progress, Silent
@@ -373,8 +373,12 @@ def _scratch_parent(settings: Settings) -> Path:
 def _scratch_folder(settings: Settings) -> Iterator[Path]:
     parent = _scratch_parent(settings)
     with ExitStack() as stack:
-        with explained(parent):
-            folder = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent)
-            )
+        try:
+            scratch = tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent)
+            folder = stack.enter_context(scratch)
+        except OSError as error:
+            raise OutputError(
+                f"{parent}: no working files can be made there ({error.strerror}); name an existing"
+                " folder with --scratch-dir."
+            ) from error
         yield Path(folder)

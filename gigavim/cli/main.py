@@ -105,6 +105,16 @@ def _run(arguments: list[str]) -> int:
             raise
         click.echo(f"Error: {error}", err=True)
         return 1
+    except MemoryError as error:
+        if options.wants_tracebacks():
+            raise
+        reason = str(error) or "no more to be had"
+        click.echo(
+            f"Error: out of memory ({reason}): close other programs, or raise this process's limit;"
+            " a smaller --max-memory moves the tokens to disk.",
+            err=True,
+        )
+        return 1
     except Exception as error:
         if options.wants_tracebacks():
             raise
