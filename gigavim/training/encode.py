@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gigavim.model.block import Block
 from gigavim.model.vim import Vim
-from gigavim.training import cpu_scan
+from gigavim_kernels.cpu.training import scan as cpu_scan
 
 
 def encode(encoder: Vim, tokens: Tensor, *, every: int = 1) -> Tensor:

@@ -5,9 +5,9 @@ import torch
 
 from gigavim.model.registry import REGISTRY
 from gigavim.model.vim import Vim
-from gigavim.training import cpu_scan
 from gigavim.training.encode import encode, tie_rates
 from gigavim_kernels import naive
+from gigavim_kernels.cpu.training import scan as cpu_scan
 
 
 def relative_error(found, expected):

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gigavim.training import tiles
-from gigavim.training.tiles import SCRATCH, STATES, TILE
 from gigavim_kernels.cpu.simd import LANES
+from gigavim_kernels.cpu.training import tiles
+from gigavim_kernels.cpu.training.tiles import SCRATCH, STATES, TILE
 
 Table = NDArray[np.int64]
 SCAN_TOKENS = tiles.SCAN_FIELDS.index("tokens")

@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gigavim.training.lanes import I64, Lanes
 from gigavim_kernels.cpu.simd import LANES
+from gigavim_kernels.cpu.training.lanes import I64, Lanes
 
 STATES = 16
 """States per channel (N): these kernels are written for the published value."""
