@@ -1,9 +1,11 @@
 """How a result was made: enough to make it again, and to tell when it cannot be."""
 
+import hashlib
 import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from gigavim import __version__
@@ -27,7 +29,7 @@ def provenance(slide: Slide, choice: Choice, plan: Plan, settings: Settings) -> 
         "libraries": {name: version(name) for name in LIBRARIES},
         "model": {
             "name": choice.card.name,
-            "sha256": choice.card.sha256,
+            "sha256": _weights_sha256(choice, settings),
             "other_weights": settings.model.weights or None,
             "mpp": choice.mpp,
             "order": choice.card.order,
@@ -44,3 +46,11 @@ def provenance(slide: Slide, choice: Choice, plan: Plan, settings: Settings) -> 
         "chunk": plan.chunk,
         "settings": settings.model_dump(mode="json"),
     }
+
+
+def _weights_sha256(choice: Choice, settings: Settings) -> str:
+    """Of the weights that ran: the card's own, or those given in their place."""
+    if not settings.model.weights:
+        return choice.card.sha256
+    with Path(settings.model.weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

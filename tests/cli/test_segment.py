@@ -147,6 +147,22 @@ def test_weights_that_do_not_fit_name_the_tensor(run, make_slide, tiny_model, tm
     assert "head.linear.weight" in result.err
 
 
+def test_the_summary_names_the_weights_that_ran(run, make_slide, tiny_model, tmp_path):
+    import hashlib
+
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tiny_model / "weights.safetensors")
+    state["head.linear.bias"] += 1
+    other = tmp_path / "other.safetensors"
+    save_file(state, other)
+    result = run("segment", make_slide(), "--model", tiny_model, "--weights", other)
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "gigavim_out/slide.summary.json").read_text())
+    expected = hashlib.sha256(other.read_bytes()).hexdigest()
+    assert summary["provenance"]["model"]["sha256"] == expected
+
+
 def test_a_blank_slide_says_so(run, tiny_model, tmp_path):
     path = tmp_path / "blank.tif"
     tifffile.imwrite(
