@@ -6,9 +6,9 @@ With l_t = dL/dh_t and g_t = dL/d(C_t . h_t) the adjoint recurrence runs against
 
 1. `chunk_adjoints`: every chunk from zero: what it adds to dL/dh at its entry.
 2. `scan_kernels.combine`, against the scan: dL/dh at the exit of every chunk.
-3. `chunk_gradients`: from the last mark of a chunk to the first: the states between two marks, one of
-   every U kept in a scratch tensor, which is small enough to stay in the second-level cache; then
-   groups of U tokens from the last to the first with all gradients.
+3. `chunk_gradients`: from the last mark of a chunk to the first: the states between two marks, one
+   of every U kept in a scratch tensor, which is small enough to stay in the second-level cache;
+   then groups of U tokens from the last to the first with all gradients.
 
 Sums over tokens are kept per chunk and sums over channels per block of channels; the caller adds
 them up in a fixed order, so that two runs give the same bits. Names as in `scan_kernels`.
@@ -236,7 +236,7 @@ def chunk_gradients(
             for u in tl.static_range(U - 1, -1, -1):
                 t, inside, x, raw, delta, dy, z, bc = tokens[u]
                 b, c = halves(bc, N)
-                g = dy
+                g: tl.tensor = dy
                 if p_z is not None:
                     gate = sigmoid(z)
                     y = tl.sum(hidden[u + 1] * c[:, None], 0) + skip * x

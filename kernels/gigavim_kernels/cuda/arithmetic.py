@@ -1,9 +1,9 @@
 """Functions that the kernels share. Everything is computed in float32.
 
-The N states of BE channels are a tile (N, BE) whose layout is Triton's plain one for two dimensions:
-lanes along the channels, all states of a channel in one thread, so that sums over the states need no
-exchange between threads. A two-dimensional load would impose its own layout on the tile, which is
-why states come and go as N rows (`load_states`, `store_states`), once per chunk of tokens.
+The N states of BE channels are a tile (N, BE) whose layout is Triton's plain one for two
+dimensions: lanes along the channels, all states of a channel in one thread, so that sums over the
+states need no exchange between threads. A two-dimensional load would impose its own layout on the
+tile, which is why states come and go as N rows (`load_states`, `store_states`), once per chunk.
 """
 
 import triton

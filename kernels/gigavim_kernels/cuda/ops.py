@@ -35,11 +35,9 @@ def selective_scan(
     if more:  # the kernels take powers of two: states that nothing enters change nothing
         A, B, C = (F.pad(t, (0, more)) for t in (A, B, C))
         state = None if state is None else F.pad(state, (0, more))
-    x, dt, z = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, z))
-    A, D, dt_bias, state = (
-        None if t is None else t.float().contiguous() for t in (A, D, dt_bias, state)
-    )
-    given = (x, dt, A, join(B, C), D, z, dt_bias, state)
+    rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, z)]
+    whole = [None if t is None else t.float().contiguous() for t in (A, D, dt_bias, state)]
+    given = (*rows[:2], whole[0], join(B, C), whole[1], rows[2], *whole[2:])
     mark = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     y, last, decay, _ = _scan(*given, reverse, mark)
     return ScanResult(y, last[..., :states], decay[..., :states])

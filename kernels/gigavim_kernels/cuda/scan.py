@@ -28,7 +28,7 @@ class Scanned(NamedTuple):
     decay: Tensor
     """(S, B, E, N) float32, exp(A * sum of steps)."""
     marks: list[Tensor]
-    """Per direction (B, ceil(L / MARK), N, E) float32, the states every MARK tokens; if asked for."""
+    """Per direction (B, ceil(L / MARK), N, E) float32, the states every MARK tokens, or empty."""
 
 
 def join(B: Tensor, C: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def scan(
         bc: (S, B, L, 2 N), see `join`. N is a power of two, at least 2.
         A: (S, E, N); D, dt_bias: (S, E); first: (S, B, E, N). Contiguous float32.
         reverse: for each direction, whether it scans from the last token to the first.
-        chunk: tokens per chunk; chosen by size if absent, rounded up to a multiple of MARK if marked.
+        chunk: tokens per chunk, chosen by size if absent; with marks rounded up to whole ones.
         mark: keep states for the gradients.
     """
     directions, batch, length, channels = x.shape

@@ -4,15 +4,15 @@
 2. `combine`: the state at which every chunk is entered, from those and the initial state.
 3. `chunk_outputs`: outputs from known states, per direction; the last one adds and gates.
 
-Only tokens within a chunk are in sequence; a single chunk needs the last launch alone. A program is
-one warp. The rows of the next tokens are copied to shared memory while one is computed (that is what
-`num_stages` of a loop asks for); read when needed, they would cost more time than the arithmetic.
+Only tokens within a chunk are in sequence; a single chunk needs the last launch alone. A program
+is one warp. The rows of the next tokens are copied to shared memory while one is computed (that is
+what `num_stages` of a loop asks for); read when needed, they would cost more than the arithmetic.
 
 Sizes: S directions, B batch, L tokens, K chunks, E channels, N states. Names: p_ pointer, i_ index
 of a program, o_ offset, m_ mask, s_ stride between directions (s), sequences (b), tokens (t).
 Offsets along the sequence are 64 bits wide. Bit s of `reverse` is set if direction s scans from the
-last token to the first; chunks are numbered in token order either way. p_bc: B and C of a token, one
-after the other, float32: (S, B, L, 2 N) or without S.
+last token to the first; chunks are numbered in token order either way. p_bc: B and C of a token,
+one after the other, float32: (S, B, L, 2 N) or without S.
 """
 
 import triton
