@@ -18,6 +18,7 @@ COMMANDS = {
     "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
     "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
     "segment": ("gigavim.cli.segment", "Segment slides and write maps that other tools open."),
+    "train": ("gigavim.cli.train", "Train a segmentation model by a recipe."),
 }
 
 
