@@ -36,13 +36,13 @@ class Atlas:
         self.device = device
         self.groups = tuple(p.group for p in pictures)
         self.mpp = torch.tensor([p.mpp for p in pictures], device=device)
-        planes = [torch.from_numpy(p.image).to(device).permute(2, 0, 1) for p in pictures]
+        planes = [torch.tensor(p.image).to(device).permute(2, 0, 1) for p in pictures]
         levels = [_level(planes, device)]
         for _ in range(1, LEVELS):
             planes = [_halved(plane) for plane in planes]
             levels.append(_level(planes, device))
         self.levels = tuple(levels)
-        self.labels = torch.cat([torch.from_numpy(p.labels).flatten() for p in pictures]).to(device)
+        self.labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures]).to(device)
 
     @property
     def size_hw(self) -> Tensor:

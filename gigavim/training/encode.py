@@ -80,7 +80,7 @@ def training_operators(device: torch.device, states: int, channels: int) -> Oper
         if error < 5e-3:
             return operators
         log.warning(
-            "the Triton scan is off by %.1e on %s: training goes on in plain torch, ten times slower",
+            "the Triton scan is off by %.1e on %s: plain torch trains, ten times slower",
             error,
             torch.cuda.get_device_name(device),
         )
@@ -111,8 +111,8 @@ def scan_error(operators: Operators, device: torch.device, states: int, channels
         y = operators.scan(y, *found[1:8], reverse=reverse)
         plain = naive.causal_conv(expected[0], *expected[8:], reverse=reverse)
         plain = chunked.selective_scan(plain, *expected[1:8], reverse=reverse).y
-        (y * y.detach().cos()).sum().backward()
-        (plain * plain.detach().cos()).sum().backward()
+        torch.autograd.backward((y * y.detach().cos()).sum())
+        torch.autograd.backward((plain * plain.detach().cos()).sum())
         pairs = [(y, plain), *((f.grad, e.grad) for f, e in zip(found, expected, strict=True))]
         for one, other in pairs:
             assert one is not None
@@ -184,7 +184,7 @@ def _branch(block: Block, stream: Tensor, operators: Operators | None) -> Tensor
         rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
         # Aligned to 16 bytes in bfloat16, without which matrix products are slow.
         more = -rank % RANK_MULTIPLE
-        rows_dt, rows_bc = direction.x_proj.split([rank, 2 * states])
+        rows_dt, rows_bc = torch.split(direction.x_proj, [rank, 2 * states])
         x_proj = torch.cat((F.pad(rows_dt, (0, 0, 0, more)), rows_bc)) if more else direction.x_proj
         low, B, C = torch.split(F.linear(u, x_proj), [rank + more, states, states], -1)
         y = operators.scan(

@@ -80,7 +80,8 @@ def random_stain(count: int, strength: float, dice: Dice) -> Tensor:
     gain = (strength * dice.rand(count, 1, 3, low=-0.45, high=0.45)).exp()
     colours = stains * (strength * dice.rand(count, 3, 3, low=-0.15, high=0.15)).exp()
     colours = colours / colours.norm(dim=1, keepdim=True) * stains.norm(dim=0)
-    return (colours * gain) @ torch.linalg.inv(STAINS).to(device)
+    look: Tensor = (colours * gain) @ torch.linalg.inv(STAINS).to(device)
+    return look
 
 
 def scan(
@@ -175,14 +176,19 @@ def _illumination(count: int, height: int, width: int, dice: Dice) -> Tensor:
 
 def _blur(image: Tensor, sigma_px: Tensor) -> Tensor:
     """Blur each image of (n, 3, h, w) by its own Gaussian."""
-    count, channels, height, width = image.shape
+    height, width = image.shape[2:]
     reach = TAPS // 2
     distance = torch.arange(-reach, reach + 1, device=image.device)
     taps = torch.exp(-0.5 * (distance / sigma_px[:, None]) ** 2)
     taps = (taps / taps.sum(1, keepdim=True))[:, None, None, None]  # (n, 1, 1, 1, 7)
     padded = F.pad(image, (reach,) * 4, mode="replicate")
-    rows = sum(taps[..., k] * padded[:, :, k : k + height] for k in range(TAPS))
-    return sum((taps[..., k] * rows[..., k : k + width] for k in range(TAPS)), start=image * 0)
+    rows = torch.zeros_like(padded[:, :, :height])
+    for k in range(TAPS):
+        rows += taps[..., k] * padded[:, :, k : k + height]
+    found = torch.zeros_like(image)
+    for k in range(TAPS):
+        found += taps[..., k] * rows[..., k : k + width]
+    return found
 
 
 _LUMA = torch.tensor(  # the standard JPEG luminance table (ITU-T T.81, table K.1)
@@ -200,7 +206,7 @@ _YCC = torch.tensor(
 
 def _jpeg(image: Tensor, quality: Tensor) -> Tensor:
     """What JPEG at a quality (n,) leaves of images (n, 3, h, w): blocks of rounded cosines."""
-    count, _, height, width = image.shape
+    height, width = image.shape[2:]
     device = image.device
     frequency, place = torch.arange(8.0, device=device)[:, None], torch.arange(8.0, device=device)
     cosines = torch.cos((2 * place + 1) * frequency * math.pi / 16) / 2

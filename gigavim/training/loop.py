@@ -236,9 +236,10 @@ def _apply(
             )
     if average_grads is not None:
         average_grads(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.schedule.clip_norm)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
         raise ModelError(_blame(progress.step, names, parameters))
+    nn.utils.clip_grads_with_norm_(parameters, recipe.schedule.clip_norm, norm)
     for group in progress.optimizer.param_groups:
         group["lr"] = Schedule(recipe.schedule, progress.steps).rate(progress.step)
     progress.optimizer.step()

@@ -77,9 +77,9 @@ def group_of(key: str, data: DataRecipe) -> str | None:
             first, dash, last = wanted.partition("-")
             if wanted == key:
                 return group
-            if dash and key.isdigit() and first.isdigit() and last.isdigit():
-                if int(first) <= int(key) <= int(last):
-                    return group
+            numbers = (first, key, last)
+            if dash and all(n.isdigit() for n in numbers) and (int(first) <= int(key) <= int(last)):
+                return group
     return None
 
 

@@ -251,6 +251,8 @@ def load_recipe(name_or_path: str | Path, **schedule: Any) -> Recipe:
         raise SettingsError(f"{path}: cannot be read: {reason}") from error
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}") from None
+    if schedule.get("steps") is not None and schedule.get("max_minutes") is None:
+        values.get("schedule", {}).pop("max_minutes", None)
     given = {key: value for key, value in schedule.items() if value is not None}
     if given and isinstance(values.get("schedule", {}), dict):
         values["schedule"] = values.get("schedule", {}) | given

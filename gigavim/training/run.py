@@ -75,7 +75,7 @@ class Logs:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         except ImportError:
             log.info("TensorBoard is not installed: only %s is written", self.path)
 
@@ -305,7 +305,7 @@ def _averager(ranks: int) -> Any:
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         flat /= ranks
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
     return average

@@ -87,13 +87,13 @@ class Predictor:
 
 def show(picture: Picture, mpp: float, device: torch.device) -> Shown:
     """Bring a picture to a resolution: colours by area, labels by the largest share."""
-    image = torch.from_numpy(picture.image).to(device).permute(2, 0, 1)[None].float() / 255
-    labels = torch.from_numpy(picture.labels).to(device)
+    image = torch.tensor(picture.image).to(device).permute(2, 0, 1)[None].float() / 255
+    labels = torch.tensor(picture.labels).to(device)
     size = tuple(max(1, round(s * picture.mpp / mpp)) for s in labels.shape)
     if size == tuple(labels.shape):
         return Shown(image[0], labels, picture.group, picture.name)
     image = F.interpolate(image, size, mode="bilinear", antialias=True)
-    values = labels.unique()
+    values = torch.unique(labels)
     shares = (labels == values[:, None, None]).float()[None]
     winner = F.interpolate(shares, size, mode="bilinear", antialias=True)[0].argmax(0)
     return Shown(image[0].clamp(0, 1), values[winner], picture.group, picture.name)

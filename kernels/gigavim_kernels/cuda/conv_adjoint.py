@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gigavim_kernels.cuda.arithmetic import sigmoid
 from gigavim_kernels.cuda.conv import convolve
@@ -81,7 +82,7 @@ class _Conv(torch.autograd.Function):
         return convolve(x, weight[None], bias[None], reverse=[reverse])[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias = ctx.saved_tensors
         batch, length, channels = x.shape
@@ -109,4 +110,5 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = Fals
     """
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return cast(Tensor, _Conv.apply(x, weight.contiguous(), bias, reverse))
+    found = _Conv.apply(x, weight.contiguous(), bias, reverse)  # type: ignore[no-untyped-call]
+    return cast(Tensor, found)
