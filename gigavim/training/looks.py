@@ -18,7 +18,7 @@ STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78
 PENS = torch.tensor(
     [[0.10, 0.14, 0.30], [0.05, 0.30, 0.16], [0.08, 0.08, 0.09], [0.45, 0.06, 0.10]]
 )
-TAPS = 7
+TAPS = 9
 
 
 class Dice:
@@ -103,7 +103,7 @@ def scan(
     else:
         haze = dice.some(count, 0.2) * dice.surface(count, height, width, 400.0) * 0.15
         image = canvas + haze * (0.9 - canvas)
-    sigma = dice.rand(count, low=0.3, high=1.1)
+    sigma = dice.rand(count, low=0.3, high=recipe.augment.blur_px)
     soft, sharp = dice.some(count, 0.35), dice.some(count, 0.25)
     amount = dice.rand(count, 1, 1, 1, low=0.2, high=1.5) * sharp * (1 - soft)
     blurred = _blur(image, torch.where(soft.flatten() > 0, sigma, 1.0))
@@ -175,7 +175,7 @@ def _illumination(count: int, height: int, width: int, dice: Dice) -> Tensor:
 
 
 def _blur(image: Tensor, sigma_px: Tensor) -> Tensor:
-    """Blur each image of (n, 3, h, w) by its own Gaussian."""
+    """Blur each image of (n, 3, h, w) by its own Gaussian, sigma at most about 2."""
     height, width = image.shape[2:]
     reach = TAPS // 2
     distance = torch.arange(-reach, reach + 1, device=image.device)

@@ -173,6 +173,8 @@ class AugmentRecipe(_Section):
     turn_degrees: Annotated[float, Field(ge=0, le=45)] = 15.0
     """Rotation beyond quarter turns."""
     stretch: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    blur_px: Annotated[float, Field(ge=0.3, le=2.0)] = 1.1
+    """The largest sigma of the Gaussian blur."""
     one_group: Share = 0.5
     """Share of canvases composed of one group only."""
     glass_class: str | None = None
