@@ -196,6 +196,20 @@ def split(pictures: list[Picture], recipe: Recipe) -> tuple[list[Picture], list[
     return train, [p for p in pictures if p.group in held_out]
 
 
+def of_groups(
+    pictures: list[Picture], groups: str | None, default: tuple[str, ...]
+) -> list[Picture]:
+    """Choose pictures by "a,b" or "all", or the default groups; raises `SettingsError`."""
+    there = {p.group for p in pictures}
+    wanted = there if groups == "all" else set(groups.split(",") if groups else default)
+    if wanted - there or not pictures:
+        raise SettingsError(
+            f"no pictures are of {', '.join(sorted(wanted - there)) or 'any group'}; "
+            f"the data's groups are {', '.join(sorted(there))}"
+        )
+    return [p for p in pictures if p.group in wanted]
+
+
 def _natural(path: Path) -> tuple[str, int, str]:
     digits = re.search(r"(\d+)$", path.stem)
     return path.parent.as_posix(), int(digits[1]) if digits else 0, path.name

@@ -45,7 +45,7 @@ class ModelRecipe(_Section):
     mean: tuple[Share, ...]
     std: tuple[Positive, ...]
     encoder_weights: str = ""
-    """Encoder weights to start from: safetensors or a published .pth, beside the recipe."""
+    """Encoder weights to start from: an imported folder, safetensors or a published .pth."""
 
     @field_validator("order")
     @classmethod

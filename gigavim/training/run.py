@@ -54,10 +54,10 @@ def new_model(recipe: Recipe) -> SegmentationModel:
     torch.manual_seed(recipe.schedule.seed)
     encoder = Vim(recipe.model.encoder)
     if recipe.model.encoder_weights:
-        from gigavim.model.published import load_encoder_weights
+        from gigavim.model.encoder import read_encoder, start_from
 
         weights = Path(recipe.model.encoder_weights)
-        encoder = load_encoder_weights(weights, config=recipe.model.encoder).train()
+        encoder = start_from(read_encoder(weights), recipe.model.encoder)
     return SegmentationModel(encoder, len(recipe.classes))
 
 

@@ -47,6 +47,36 @@ class Predictor:
     @torch.no_grad()
     def labels(self, images: Tensor) -> Tensor:
         """Label images (n, 3, h, w) in [0, 1], each in one sequence: returns (n, h, w) uint8."""
+        height, width = images.shape[2:]
+        encoded, grid_hw = self._encoded(images)
+        config = self.model.encoder.config
+        if config.stride_px != config.patch_px:
+            return self.logits(images).max(1).indices.to(torch.uint8)
+        patch, count = config.patch_px, len(images)
+        rows, cols = grid_hw
+        cells = grid_cells(rows, cols, self.order).to(encoded.device)
+        tokens = torch.empty(
+            count, rows * cols, patch, patch, dtype=torch.uint8, device=encoded.device
+        )
+        for start in range(0, rows * cols, HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
+            logits = self.model.head(encoded[:, part].float())  # (n, tokens, classes, P, P)
+            tokens[:, cells[part]] = logits.max(2).indices.to(torch.uint8)
+        grid = tokens.view(count, rows, cols, patch, patch).transpose(2, 3)
+        return grid.reshape(count, rows * patch, cols * patch)[:, :height, :width]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Segment images (n, 3, h, w) in [0, 1]: returns (n, classes, h, w) float32."""
+        height, width = images.shape[2:]
+        encoded, grid_hw = self._encoded(images)
+        cells = grid_cells(*grid_hw, self.order).to(encoded.device)
+        patches = self.model.head(encoded[:, torch.argsort(cells)].float())
+        stride_px = self.model.encoder.config.stride_px
+        return stitch(cast(Tensor, patches), grid_hw, stride_px)[..., :height, :width]
+
+    def _encoded(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pad images to whole blocks and encode them: (n, L, D), and the grid's (rows, cols)."""
         config = self.model.encoder.config
         block = (self.order.block or 1) * config.stride_px
         extra = config.patch_px - config.stride_px
@@ -63,26 +93,7 @@ class Predictor:
             tokens = self.model.encoder.tokens(normalised, order=self.order)
             encoded = encode(self.model.encoder, tokens)
         rows, cols = ((s - extra) // config.stride_px for s in normalised.shape[2:])
-        found = self._decode(encoded, rows, cols)
-        return found[:, :height, :width]
-
-    def _decode(self, encoded: Tensor, rows: int, cols: int) -> Tensor:
-        head, config = self.model.head, self.model.encoder.config
-        patch, count = config.patch_px, len(encoded)
-        cells = grid_cells(rows, cols, self.order).to(encoded.device)
-        if config.stride_px != patch:
-            logits = head(encoded[:, torch.argsort(cells)].float())
-            whole = stitch(cast(Tensor, logits), (rows, cols), config.stride_px)
-            return whole.max(1).indices.to(torch.uint8)
-        tokens = torch.empty(
-            count, rows * cols, patch, patch, dtype=torch.uint8, device=encoded.device
-        )
-        for start in range(0, rows * cols, HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
-            logits = head(encoded[:, part].float())  # (n, tokens, classes, P, P)
-            tokens[:, cells[part]] = logits.max(2).indices.to(torch.uint8)
-        grid = tokens.view(count, rows, cols, patch, patch).transpose(2, 3)
-        return grid.reshape(count, rows * patch, cols * patch)
+        return encoded, (rows, cols)
 
 
 def show(picture: Picture, mpp: float, device: torch.device) -> Shown:

@@ -72,6 +72,19 @@ def test_pack_train_resume_and_segment(run, tmp_path, data, recipe):
     assert segmented.code == 0, segmented.err
     assert (tmp_path / "maps/slide.labels.ome.tif").exists()
 
+    scored = run("evaluate", "runs/model", "packed.npz", "--recipe", recipe, "-o", "scores")
+    assert scored.code == 0, scored.err
+    assert "1 pictures of g02" in scored.out
+    report = json.loads((tmp_path / "scores/evaluation.json").read_text())
+    assert sum(map(sum, report["confusion"]["pixels"])) == 96 * 96
+    assert Image.open(tmp_path / "scores/evaluation.png").width > 4 * 96
+    wrong = run("evaluate", "runs/model", "packed.npz", "--recipe", recipe, "--groups", "g09")
+    assert wrong.code == 1
+    assert "no pictures are of g09" in wrong.err
+    other = run("evaluate", "runs/model", "packed.npz", "--recipe", "aerial-landcover")
+    assert other.code == 1
+    assert "give the right --recipe" in other.err
+
 
 def test_mistakes_are_one_line(run, data, recipe):
     wrong = recipe.with_name("wrong.toml")
