@@ -57,6 +57,13 @@ class ComputeSettings(_Section):
     scratch_dir: str = ""
 
 
+class EmbeddingSettings(_Section):
+    """What an embedding store holds."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    probabilities: bool = False
+
+
 class OutputSettings(_Section):
     """What is written, and where."""
 
@@ -74,6 +81,7 @@ class Settings(_Section):
     model: ModelSettings = ModelSettings()
     tokens: TokenSettings = TokenSettings()
     compute: ComputeSettings = ComputeSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
 
     def with_flags(self, **sections: dict[str, Any]) -> "Settings":

@@ -1,4 +1,4 @@
-"""The label map while it is made: zarr arrays in a scratch folder, written and read by windows."""
+"""A label map on disk: zarr arrays, written and read by windows."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from gigavim.outputs.atomic import explained
 
 CHUNK_HW = (256, 2048)
 """Low and wide: labels arrive as strips of rows, of which a whole row of chunks is held."""
+SHARD_COLS = 1 << 16
+"""A shard is one row of chunks, so that each is written once; wider maps have several a row."""
 WINDOW_PX = 2048
 """Side of the windows in which a map is gone through; a multiple of both sides of a chunk."""
 
@@ -50,9 +52,9 @@ class LabelStore:
     and coverage that were never written are 0. Reading by several threads is safe.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, group: zarr.Group | None = None) -> None:
         self.folder = Path(folder)
-        group = zarr.open_group(self.folder, mode="r+")
+        group = group if group is not None else zarr.open_group(self.folder, mode="r+")
         self._labels = _array(group, "labels")
         self._coverage = _array(group, "coverage")
         self.cell_px: int = int(self._coverage.attrs["cell_px"])  # type: ignore[arg-type]
@@ -63,7 +65,14 @@ class LabelStore:
 
     @classmethod
     def create(
-        cls, folder: str | Path, *, height: int, width: int, cell_px: int, cells_hw: tuple[int, int]
+        cls,
+        folder: str | Path,
+        *,
+        height: int,
+        width: int,
+        cell_px: int,
+        cells_hw: tuple[int, int],
+        lasting: bool = False,
     ) -> Self:
         """A new store in `folder`, which is replaced if it holds something.
 
@@ -71,24 +80,38 @@ class LabelStore:
             height: rows of the map. width: its columns.
             cell_px: side of a coverage cell in map pixels (the stride of the tokens).
             cells_hw: (rows, columns) of coverage cells; they may reach over the map.
+            lasting: pack more densely, into few files.
 
         Raises:
             OutputError: the disk refuses.
         """
         folder = Path(folder)
         # Shuffled bits of few classes are nearly constant: lz4 then packs at memory speed.
-        codec = BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle)
+        codec = BloscCodec(
+            cname="zstd" if lasting else "lz4", clevel=5, shuffle=BloscShuffle.bitshuffle
+        )
         common: dict[str, Any] = {"dtype": "uint8", "fill_value": 0, "compressors": codec}
         with explained(folder):
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
             group = zarr.create_group(folder)
+            rows, cols = _chunks(height, width)
+            across = min(-(-width // cols) * cols, SHARD_COLS)
             group.create_array(
-                "labels", shape=(height, width), chunks=_chunks(height, width), **common
+                "labels",
+                shape=(height, width),
+                chunks=(rows, cols),
+                shards=(rows, max(across, 1)) if lasting else None,
+                dimension_names=("y", "x"),
+                **common,
             )
             coverage = group.create_array(
-                "coverage", shape=cells_hw, chunks=_chunks(*cells_hw), **common
+                "coverage",
+                shape=cells_hw,
+                chunks=_chunks(*cells_hw),
+                dimension_names=("row", "col"),
+                **common,
             )
             coverage.attrs["cell_px"] = cell_px
             return cls(folder)

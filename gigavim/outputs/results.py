@@ -1,99 +1,120 @@
-"""All results of a slide, each by its writer."""
+"""All results of a slide, each by its writer, all from its store."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigavim.errors import OutputError
-from gigavim.frames import ClassSpec, MapFrame
-from gigavim.names import as_text
+from gigavim.config import OutputSettings
 from gigavim.outputs.geojson import write_geojson
-from gigavim.outputs.labels import LabelStore
 from gigavim.outputs.ome_tiff import write_ome_tiff
 from gigavim.outputs.overlay import write_overlay
 from gigavim.outputs.summary import summarize, write_summary
 
 if TYPE_CHECKING:
-    from gigavim.slides.base import Slide
+    from gigavim.store.reader import EmbeddingStore
+
+Writer = Callable[["EmbeddingStore", tuple[Path, ...], OutputSettings], Mapping[str, Any] | None]
+"""Writes a format's files; may return what the summary shall say of them."""
 
 
 def write_results(
-    paths: Mapping[str, Path],
-    slide: "Slide",
-    labels: LabelStore,
-    frame: MapFrame,
-    classes: Sequence[ClassSpec],
+    store: "EmbeddingStore",
+    files: Mapping[str, tuple[Path, ...]],
+    settings: OutputSettings,
     *,
-    qupath_bounds: bool = True,
-    facts: Mapping[str, Any],
     advance: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the wanted formats to the paths given for them; files there are replaced.
+    """Write the wanted formats; files there are replaced.
+
+    Nothing but the store is looked at, so that a later conversion gives the same bytes.
 
     Args:
-        paths: files by format: "ome-tiff", "geotiff", "geojson", "geojson.gz", "overlay",
-            "summary".
-        slide: the open slide.
-        labels: its finished label map.
-        frame: the map's placement on the slide.
-        classes: what the map's values mean.
-        qupath_bounds: polygons count from the slide's bounds, as QuPath does, not from level 0.
-        facts: what the summary says beyond the map; "provenance" goes into the other files too, and
-            "seconds" is completed by the time of each writer.
-        advance: called with 1 after each file.
+        store: the finished store of a slide.
+        files: where to write, by format (see `formats.FORMATS`).
+        settings: options of the formats.
+        advance: called with 1 after each format.
 
     Returns:
         The summary.
 
     Raises:
-        OutputError: a format is unknown, or a file cannot be written.
+        OutputError: a file cannot be written.
     """
-    provenance = facts.get("provenance")
-    counts: dict[str, int] = {}
-
-    def geojson(path: Path) -> None:
-        counts["features"] = write_geojson(
-            labels,
-            frame,
-            classes,
-            path,
-            origin_xy_level0=None if qupath_bounds else (0, 0),
-            seed=slide.fingerprint(),
-            provenance=provenance,
-            overwrite=True,
-        )
-
-    def geotiff(path: Path) -> None:
-        from gigavim.outputs.geotiff import write_geotiff
-
-        write_geotiff(labels, frame, classes, path, provenance=provenance, overwrite=True)
-
-    writers: dict[str, Callable[[Path], None]] = {
-        "ome-tiff": lambda path: write_ome_tiff(
-            labels, frame, classes, path, name=as_text(slide.path.name), overwrite=True
-        ),
-        "geotiff": geotiff,
-        "geojson": geojson,
-        "geojson.gz": geojson,
-        "overlay": lambda path: write_overlay(slide, labels, frame, classes, path, overwrite=True),
-    }
-    unknown = set(paths) - set(writers) - {"summary"}
-    if unknown:
-        raise OutputError(f"unknown format {min(unknown)!r}: choose from {', '.join(writers)}")
+    counts: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    for kind, path in paths.items():
+    for kind, paths in files.items():
         if kind == "summary":
             continue
         started = time.perf_counter()
-        writers[kind](path)
+        counts |= WRITERS[kind](store, paths, settings) or {}
         seconds[f"write {kind}"] = round(time.perf_counter() - started, 3)
         if advance is not None:
             advance(1)
-    timings = {"seconds": {**facts.get("seconds", {}), **seconds}}
-    summary = summarize(labels, frame, classes, **{**counts, **facts, **timings})
-    if "summary" in paths:
-        write_summary(summary, paths["summary"], overwrite=True)
+    summary = summary_of(store, counts=counts, seconds=seconds)
+    if "summary" in files:
+        write_summary(summary, files["summary"][0], overwrite=True)
         if advance is not None:
             advance(1)
     return summary
+
+
+def summary_of(
+    store: "EmbeddingStore",
+    *,
+    counts: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The summary of a store's slide, with what writers add to it."""
+    facts = store.info.facts
+    timings = {"seconds": {**facts.get("seconds", {}), **(seconds or {})}}
+    return summarize(
+        store.labels, store.frame, store.classes, **{**(counts or {}), **facts, **timings}
+    )
+
+
+def _geojson(
+    store: "EmbeddingStore", paths: tuple[Path, ...], settings: OutputSettings
+) -> dict[str, Any]:
+    features = write_geojson(
+        store.labels,
+        store.frame,
+        store.classes,
+        paths[0],
+        origin_xy_level0=None if settings.qupath_bounds else (0, 0),
+        seed=store.info.slide.fingerprint,
+        provenance=store.info.provenance,
+        overwrite=True,
+    )
+    return {"features": features}
+
+
+def _geotiff(store: "EmbeddingStore", paths: tuple[Path, ...], settings: OutputSettings) -> None:
+    from gigavim.outputs.geotiff import write_geotiff
+
+    write_geotiff(
+        store.labels,
+        store.frame,
+        store.classes,
+        paths[0],
+        provenance=store.info.provenance,
+        overwrite=True,
+    )
+
+
+def _ome_tiff(store: "EmbeddingStore", paths: tuple[Path, ...], settings: OutputSettings) -> None:
+    name = store.info.slide.name
+    write_ome_tiff(store.labels, store.frame, store.classes, paths[0], name=name, overwrite=True)
+
+
+def _overlay(store: "EmbeddingStore", paths: tuple[Path, ...], settings: OutputSettings) -> None:
+    write_overlay(store, store.labels, store.frame, store.classes, paths[0], overwrite=True)
+
+
+WRITERS: dict[str, Writer] = {
+    "ome-tiff": _ome_tiff,
+    "geotiff": _geotiff,
+    "geojson": _geojson,
+    "geojson.gz": _geojson,
+    "overlay": _overlay,
+}
