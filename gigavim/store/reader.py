@@ -131,9 +131,8 @@ class EmbeddingStore:
     @cached_property
     def slide_embedding(self) -> Floats:
         """(D,) float32: the mean of the class tokens, or of all tokens where there are none."""
-        if self.info.slide_embedding == "class_tokens":
-            return np.asarray(np.mean(self._array("slide/class_tokens")[:], 0))
-        return self.mean
+        own = self.class_tokens
+        return self.mean if own is None else np.asarray(own.mean(0))
 
     @cached_property
     def mean(self) -> Floats:
