@@ -24,6 +24,7 @@ from gigavim.engine.plan import Plan, plan_sweep
 from gigavim.engine.sequence import TokenSequence
 from gigavim.engine.sweep import sweep
 from gigavim.errors import OutputError, SlideError
+from gigavim.model.vim import Vim
 from gigavim.progress import Progress
 from gigavim.slides import open_slide
 from gigavim.slides.base import Slide
@@ -33,6 +34,7 @@ from gigavim.tokens.tissue import TissueMask, kept_cells, tissue_mask
 from gigavim_kernels.backends import Precision, resolve_precision
 
 MOST_READERS = 8
+NORM_TOKENS = 4096
 MOST_WRITING_BYTES = 350_000_000
 
 
@@ -54,7 +56,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """The sequence after the encoder's last block, before its final norm."""
+    """The sequence after the encoder, its final norm included."""
 
     sequence: TokenSequence
     unreadable: npt.NDArray[np.bool_]
@@ -145,6 +147,7 @@ def swept(
                 threads=job.threads,
                 progress=lambda tokens: advance(tokens / depth),
             )
+            _normalise(sequence, encoder)
         yield Swept(sequence, unreadable)
 
 
@@ -207,6 +210,16 @@ def _embed(
             max_unreadable=settings.output.max_unreadable,
             progress=lambda pixels: advance(pixels / 1e6),
         )
+
+
+def _normalise(sequence: TokenSequence, encoder: Vim) -> None:
+    """Apply the final norm in place."""
+    norm = encoder.norm_f.to(sequence.device)
+    with torch.inference_mode():
+        for start in range(0, len(sequence), NORM_TOKENS):
+            stop = min(start + NORM_TOKENS, len(sequence))
+            sequence.store(start, norm(sequence.rows(start, stop)))
+            sequence.release(start, stop)
 
 
 def _limit(text: str) -> int | None:

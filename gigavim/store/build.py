@@ -68,7 +68,7 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> Non
     grid, model, frame = job.grid, job.choice.model, job.grid.frame
     sequence, home = run.sequence, run.sequence.device
     count, kind = len(job.selection), model.encoder.config.class_token
-    norm, head = model.encoder.norm_f.to(home), model.head.to(home)
+    head = model.head.to(home)
     labels = LabelStore.create(
         folder,
         height=frame.height_px,
@@ -82,7 +82,7 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> Non
         return sequence.gather(patch_slots(index, count, kind))
 
     def decoder(tokens: Tensor) -> Tensor:
-        logits: Tensor = head(norm(tokens))
+        logits: Tensor = head(tokens)
         return logits
 
     classes = len(job.choice.card.classes)
@@ -120,7 +120,7 @@ def _write_embeddings(
         share = 0.5 if pools else 1.0
         writer.write(lambda tokens: advance(tokens * share))
         if pools:
-            write_pooled(root, writer, pools, lambda tokens: advance(tokens * (1 - share)))
+            write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)))
     return pools
 
 
