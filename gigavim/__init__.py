@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gigavim.conversion import convert as convert
     from gigavim.embedding import embed as embed
     from gigavim.model.checkpoint import load_model as load_model
     from gigavim.segmentation import plan_segmentation as plan_segmentation
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 # Imported when first used, so that `import gigavim` costs nothing.
 _LAZY = {
+    "convert": "gigavim.conversion",
     "embed": "gigavim.embedding",
     "load_model": "gigavim.model.checkpoint",
     "open_embeddings": "gigavim.store",
@@ -24,6 +26,7 @@ _LAZY = {
 }
 __all__ = [
     "__version__",
+    "convert",
     "embed",
     "load_model",
     "open_embeddings",

@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gigavim.errors import SettingsError
 
-Format = Literal["ome-tiff", "geojson", "geojson.gz", "geotiff", "overlay"]
+Format = Literal[
+    "ome-tiff", "ome-zarr", "geojson", "geojson.gz", "geotiff", "gpkg", "geoparquet", "overlay",
+    "csv", "h5-trident", "h5-clam", "h5-stamp", "anndata", "spatialdata",
+]  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -72,6 +75,11 @@ class OutputSettings(_Section):
     overwrite: bool = False
     max_unreadable: float = Field(0.01, ge=0, le=1)
     qupath_bounds: bool = True
+    min_area_um2: float = Field(0.0, ge=0, allow_inf_nan=False)
+    simplify_um: float = Field(0.0, ge=0, allow_inf_nan=False)
+    pool: int = Field(1, ge=1, le=1024)
+    ngff: Literal["0.4", "0.5"] = "0.4"
+    slide: str = ""
 
 
 class Settings(_Section):

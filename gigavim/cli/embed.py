@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gigavim.cli import options
-from gigavim.cli.run import formats, run_slides, settings_from, slide_options
+from gigavim.cli.run import formats, run_slides, settings_from, slide_options, writing_options
 
 if TYPE_CHECKING:
     from gigavim.progress import Progress
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--probabilities", is_flag=True, default=None, help="Store class probabilities per token too."
 )
+@writing_options
 @slide_options
 def command(
     inputs: tuple[Path, ...],

@@ -96,6 +96,38 @@ def slide_options(function: options.Function) -> options.Function:
     return function
 
 
+_WRITING_FLAGS = (
+    click.option(
+        "--min-area",
+        "min_area_um2",
+        type=click.FloatRange(min=0),
+        metavar="UM2",
+        help="Leave out polygons below so many square micrometres  [default: 0].",
+    ),
+    click.option(
+        "--simplify",
+        "simplify_um",
+        type=click.FloatRange(min=0),
+        metavar="UM",
+        help="Simplify outlines of polygons within so many micrometres  [default: 0, exact].",
+    ),
+    click.option(
+        "--pool",
+        type=click.IntRange(1),
+        metavar="N",
+        help="One entry of h5, AnnData, SpatialData per N x N tokens, their mean  [default: 1].",
+    ),
+    click.option("--ngff", type=click.Choice(["0.4", "0.5"]), help="OME-Zarr  [default: 0.4]."),
+)
+
+
+def writing_options(function: options.Function) -> options.Function:
+    """The flags that say how formats are written."""
+    for flag in reversed(_WRITING_FLAGS):
+        function = flag(function)
+    return function
+
+
 def formats(default: str) -> options.Decorator:
     """--format, repeatable; `default` says what is written without it."""
     known = [name for name, entry in FORMATS.items() if not entry.by_itself]
@@ -148,6 +180,7 @@ def output_section(flags: dict[str, Any]) -> dict[str, Any]:
         "directory": None if flags["output"] is None else str(flags["output"]),
         "formats": list(flags["formats"]) or None,
         "overwrite": flags["overwrite"],
+        **{key: flags[key] for key in ("min_area_um2", "simplify_um", "pool", "ngff")},
     }
 
 

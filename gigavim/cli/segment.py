@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gigavim.cli import options
-from gigavim.cli.run import formats, run_slides, settings_from, slide_options
+from gigavim.cli.run import formats, run_slides, settings_from, slide_options, writing_options
 
 if TYPE_CHECKING:
     from gigavim.progress import Progress
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @click.command("segment")
 @options.inputs()
 @formats("ome-tiff, geojson, overlay; geotiff for georeferenced input")
+@writing_options
 @slide_options
 def command(
     inputs: tuple[Path, ...],

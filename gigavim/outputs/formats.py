@@ -26,10 +26,38 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "ome-tiff": Format(("{stem}.labels.ome.tif",), "label map: QuPath, napari, Fiji"),
+    "ome-zarr": Format(
+        ("{stem}.ome.zarr",), "slide and label map (NGFF): napari, Vitessce", is_folder=True
+    ),
     "geojson": Format(("{stem}.geojson",), "polygons: QuPath; WGS84 for rasters on Earth"),
     "geojson.gz": Format(("{stem}.geojson.gz",), "the same, compressed"),
     "geotiff": Format(("{stem}.labels.tif",), "label map with CRS (COG)", ground=True),
+    "gpkg": Format(("{stem}.gpkg",), "polygons in the raster's CRS (GeoPackage)", ground=True),
+    "geoparquet": Format(("{stem}.parquet",), "the same as GeoParquet", ground=True),
     "overlay": Format(("{stem}.overlay.png",), "a picture to look at"),
+    "csv": Format(("{stem}.areas.csv",), "areas of the classes"),
+    "h5-trident": Format(
+        (
+            "trident/features/{stem}.h5",
+            "trident/patches/{stem}_patches.h5",
+            "trident/slide_features/{stem}.h5",
+        ),
+        "embeddings as TRIDENT's files",
+        embeddings=True,
+    ),
+    "h5-clam": Format(
+        ("clam/h5_files/{stem}.h5", "clam/pt_files/{stem}.pt", "clam/patches/{stem}.h5"),
+        "embeddings as CLAM's files",
+        embeddings=True,
+    ),
+    "h5-stamp": Format(("stamp/{stem}.h5",), "embeddings as STAMP's file", embeddings=True),
+    "anndata": Format(("{stem}.h5ad",), "embeddings: scanpy, squidpy", embeddings=True),
+    "spatialdata": Format(
+        ("{stem}.spatialdata.zarr",),
+        "all of it: SpatialData, LazySlide (wsidata)",
+        embeddings=True,
+        is_folder=True,
+    ),
     "summary": Format(("{stem}.summary.json",), "areas, coverage, provenance", by_itself=True),
     "store": Format(
         ("{stem}.embeddings.zarr",),

@@ -210,10 +210,17 @@ def halve(source: LabelMap, folder: Path, *, offset: int) -> LabelStore:
     half = LabelStore.create(folder, height=height, width=width, cell_px=1, cells_hw=(1, 1))
     for y0, y1, x0, x1 in windows(height, width, side_px=WINDOW_PX):
         window = source.read(2 * y0, min(2 * y1, source.height), 2 * x0, min(2 * x1, source.width))
-        rows = np.minimum(np.arange(y1 - y0) * 2 + offset, window.shape[0] - 1)
-        cols = np.minimum(np.arange(x1 - x0) * 2 + offset, window.shape[1] - 1)
-        half.write(y0, x0, np.ascontiguousarray(window[np.ix_(rows, cols)]))
+        half.write(y0, x0, every_second(window, (y1 - y0, x1 - x0), offset=offset))
     return half
+
+
+def every_second(window: np.ndarray, shape_hw: tuple[int, int], *, offset: int) -> np.ndarray:
+    """(h, w) of every second label of every second row of a window, clamped to it."""
+    rows, cols = (
+        np.minimum(np.arange(side) * 2 + offset, there - 1)
+        for side, there in zip(shape_hw, window.shape)
+    )
+    return np.ascontiguousarray(window[np.ix_(rows, cols)])
 
 
 def _array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
