@@ -44,7 +44,10 @@ def provenance(slide: Slide, choice: Choice, plan: Plan, settings: Settings) -> 
         "backend": backend_name(plan.device),
         "precision": plan.precision,
         "chunk": plan.chunk,
-        "settings": settings.model_dump(mode="json"),
+        # Where results are put says nothing of how they were made.
+        "settings": settings.model_dump(
+            mode="json", exclude={"output": {"directory", "overwrite"}}
+        ),
     }
 
 

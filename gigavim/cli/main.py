@@ -15,9 +15,11 @@ from gigavim.errors import GigavimError
 
 # name -> (module, one line of help): listing the commands imports none of them.
 COMMANDS = {
+    "batch": ("gigavim.cli.batch", "Run an archive of slides through a recipe, resumably."),
     "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
     "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
     "segment": ("gigavim.cli.segment", "Segment slides and write maps that other tools open."),
+    "status": ("gigavim.cli.status", "Say how a batch stands: done, running, failed and why."),
 }
 
 
