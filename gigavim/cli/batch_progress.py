@@ -55,6 +55,8 @@ class Lines:
         slides = f"{len(todo) + skipped} slides: {', '.join(parts)}"
         if workers:
             slides += f"; {workers} worker{'s' if workers > 1 else ''}"
+        elif todo:
+            slides += "; waiting for the first worker"
         click.echo(slides, err=True)
         if todo and self._terminal:
             self._bar = tqdm(total=len(todo), unit=" slides", file=sys.stderr, smoothing=0.1)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gigavim import __version__
 from gigavim.engine.memory import DEFAULT_SHARE, available_memory, parse_bytes
 from gigavim.errors import ResourceError
 from gigavim_pipelines.recipe import Recipe
@@ -21,7 +22,6 @@ SLOT = "slide"
 CORES_PER_WORKER = 4
 LEAST_WORKER_BYTES = 2_000_000_000
 """With less than this for each, fewer workers are started."""
-CONNECT_S = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +130,40 @@ def remote_client(address: str) -> Iterator["Client"]:
     if not log.isEnabledFor(logging.INFO):
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
-        client = Client(address, timeout=CONNECT_S)
+        client = Client(address)
     except (OSError, ValueError) as error:
         raise ResourceError(
             f"{address}: no dask scheduler answers there ({error}). Start one with `dask scheduler`"
             " and workers with `dask worker ADDRESS --nthreads 1`, or leave --scheduler out."
         ) from error
     with client:
+        _greet(client, address)
         yield client
+
+
+def _greet(client: "Client", address: str) -> None:
+    """Find out before the first slide whether the workers know what they will be asked.
+
+    Raises:
+        ResourceError: they do not, or are of another version than we are.
+    """
+    try:
+        versions = client.run(_version)
+    # Whatever the worker's import machinery raises.
+    except Exception as error:
+        raise ResourceError(
+            f"{address}: its workers cannot import gigavim ({error}); install it there."
+        ) from error
+    others = {found for found in versions.values() if found != __version__}
+    if others:
+        raise ResourceError(
+            f"{address}: its workers have gigavim {', '.join(sorted(others))}, this is"
+            f" {__version__}; install the same."
+        )
+
+
+def _version() -> str:
+    return __version__
 
 
 def slots(client: "Client") -> int:

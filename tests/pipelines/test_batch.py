@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import dask
 import pytest
 
 from gigavim_pipelines.fingerprints import checksum
@@ -230,15 +231,11 @@ def wait_for(folder: Path, pattern: str, seconds: float = 30) -> list[Path]:
         (["segment", "x.svs", "-o", "x.svs"], 1, ["x.svs"]),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(
-    run, tmp_path, monkeypatch, arguments, code, words
-):
-    from gigavim_pipelines import cluster
-
-    monkeypatch.setattr(cluster, "CONNECT_S", 1)
+def test_what_cannot_be_done_is_said_in_one_line(run, tmp_path, arguments, code, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.svs").write_text("fine")
-    result = run("batch", *arguments)
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        result = run("batch", *arguments)
     assert result.code == code
     assert all(word in result.err for word in words), result.err
     assert "Traceback" not in result.err
