@@ -8,7 +8,7 @@ repository.
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -92,7 +92,7 @@ class Settings(_Section):
     embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
 
-    def with_flags(self, **sections: dict[str, Any]) -> "Settings":
+    def with_flags(self, **sections: dict[str, Any]) -> Self:
         """A copy in which the given values, section by section, win; `None` leaves a value alone.
 
         Raises:
@@ -101,7 +101,10 @@ class Settings(_Section):
         merged = self.model_dump()
         for section, values in sections.items():
             merged[section] |= {key: value for key, value in values.items() if value is not None}
-        return _validate(merged, "the command line")
+        return validate(type(self), merged, "the command line")
+
+
+SomeSettings = TypeVar("SomeSettings", bound=BaseModel)
 
 
 def load_settings(path: Path | None = None) -> Settings:
@@ -114,6 +117,15 @@ def load_settings(path: Path | None = None) -> Settings:
         path = Path("gigavim.toml")
         if not path.is_file():
             return Settings()
+    return validate(Settings, read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        SettingsError: the file is missing, cannot be read, or is not TOML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -122,32 +134,36 @@ def load_settings(path: Path | None = None) -> Settings:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(f"{path}: cannot read the settings: {reason}.") from error
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}.") from error
-    return _validate(values, str(path))
 
 
-def _validate(values: dict[str, Any], origin: str) -> Settings:
+def validate(kind: type[SomeSettings], values: dict[str, Any], origin: str) -> SomeSettings:
+    """Values as settings of a kind; `origin` is where they came from, for people.
+
+    Raises:
+        SettingsError: a key is unknown, or a value not allowed.
+    """
     try:
-        return Settings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(_explain(error, origin)) from error
+        raise SettingsError(_explain(error, kind, origin)) from error
 
 
-def _explain(error: ValidationError, origin: str) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel], origin: str) -> str:
     """The first thing wrong, as one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, _known_keys(), n=1)
+        close = difflib.get_close_matches(key, _known_keys(kind), n=1)
         hint = f" Did you mean `{close[0]}`?" if close else " See gigavim.toml for all settings."
         return f"{origin}: unknown setting `{key}`.{hint}"
     return f"{origin}: setting `{key}` = {first['input']!r}: {first['msg']}."
 
 
-def _known_keys() -> list[str]:
-    sections = Settings.model_fields
+def _known_keys(kind: type[BaseModel]) -> list[str]:
+    sections = kind.model_fields
     keys = list(sections)
     for name, field in sections.items():
         model = field.annotation

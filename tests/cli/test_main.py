@@ -22,13 +22,16 @@ def test_each_command_has_help_with_an_example(run, name):
     assert f"gigavim {name}" in result.out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["segment", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["segment", "--help"], ["batch", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys\n"
         "from gigavim.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'zarr', 'dask', 'numba', 'rasterio', 'openslide', 'skimage', 'scipy'}\n"
+        "heavy = {'torch', 'zarr', 'dask', 'numba', 'rasterio', 'openslide', 'skimage', 'scipy',"
+        " 'distributed', 'gigavim_pipelines'}\n"
         "sys.exit(' '.join(sorted(heavy & set(sys.modules))) or 0)\n"
     )
     done = subprocess.run(

@@ -1,0 +1,1 @@
+"""Archives: many slides through one recipe, on one machine or many, resumable at any moment."""

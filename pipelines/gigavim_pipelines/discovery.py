@@ -1,0 +1,150 @@
+"""From what a user points at (folder, glob, manifest, URL, slide) to a list of slides."""
+
+import difflib
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from gigavim.errors import SettingsError, SlideError
+from gigavim.names import result_stem
+from gigavim_pipelines import remote
+from gigavim_pipelines.entries import Entry, distinct, is_remote
+from gigavim_pipelines.manifest import MANIFEST_SUFFIXES, read_manifest
+
+SLIDE_SUFFIXES = frozenset(
+    (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi",
+     ".dcm", ".qptiff", ".zarr", ".jp2")
+)  # fmt: skip
+PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp"))
+"""Slides only where a folder holds nothing else: beside slides they are thumbnails and masks."""
+RESULT_SUFFIXES = (".labels.ome.tif", ".labels.tif")
+
+
+def discover(
+    archives: Sequence[str], *, suffixes: Sequence[str] = (), leave_out: Path | None = None
+) -> list[Entry]:
+    """List the slides of archives.
+
+    Args:
+        archives: folders (searched through and through), globs, manifests (csv, tsv, parquet),
+            slides, or fsspec URLs of any of these.
+        suffixes: in folders, take files of these names' endings only, such as ".svs".
+        leave_out: a folder that is not searched: that of the results.
+
+    Returns:
+        The slides in the order found, each once, each with an id of its own.
+
+    Raises:
+        SettingsError: an archive does not exist, holds no slides, or is a manifest with errors.
+    """
+    wanted = frozenset(f".{suffix.lstrip('.').lower()}" for suffix in suffixes)
+    found: list[Entry] = []
+    for archive in archives:
+        entries = list(_entries(archive, wanted, leave_out))
+        if not entries:
+            raise SettingsError(
+                f"{archive}: no slides found there. Slides are files that end in "
+                f"{', '.join(sorted(wanted or SLIDE_SUFFIXES))}, and folders of DICOM files;"
+                " other endings are taken with --wsi-ext."
+            )
+        found += entries
+    return distinct(found)
+
+
+def _entries(archive: str, wanted: frozenset[str], leave_out: Path | None) -> Iterator[Entry]:
+    if is_remote(archive):
+        yield from _remote_entries(archive, wanted)
+        return
+    path = Path(archive)
+    if path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES:
+        yield from read_manifest(path)
+    elif path.is_dir() and not _is_slide_folder(path):
+        yield from map(_entry, slides_below(path, wanted, leave_out))
+    elif os.path.lexists(path):
+        yield _entry(path)
+    elif glob.has_magic(archive):
+        matches = map(Path, sorted(glob.glob(archive, recursive=True)))  # noqa: PTH207
+        for match in matches:
+            if leave_out is None or not match.resolve().is_relative_to(leave_out.resolve()):
+                yield _entry(match)
+    else:
+        raise SettingsError(f"{archive}: does not exist{_near(path)}.")
+
+
+def slides_below(
+    folder: Path, wanted: frozenset[str] = frozenset(), leave_out: Path | None = None
+) -> list[Path]:
+    """The slides in a folder and its subfolders, sorted; hidden ones and results are left out."""
+    skipped = None if leave_out is None else leave_out.resolve()
+    files = list(_walk(folder, skipped))
+    if wanted:
+        return sorted(file for file in files if file.name.lower().endswith(tuple(wanted)))
+    slides = [file for file in files if is_slide_name(file.name) or file.is_dir()]
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    return sorted(slides or pictures)
+
+
+def is_slide_name(name: str) -> bool:
+    """Whether a file's name is that of a slide, and not of a result of ours."""
+    lower = name.lower()
+    ending = PurePosixPath(lower).suffix
+    return ending in SLIDE_SUFFIXES and not lower.endswith(RESULT_SUFFIXES)
+
+
+def _walk(folder: Path, skipped: Path | None) -> Iterator[Path]:
+    """Files below, and folders that are one slide, which are not entered."""
+    try:
+        items = sorted(folder.iterdir())
+    except OSError as error:
+        raise SlideError(f"{folder}: cannot be searched: {error.strerror}") from error
+    # The data of MIRAX slides lie in a folder of the slide's name, which holds no slides.
+    companions = {item.stem for item in items if item.suffix.lower() == ".mrxs"}
+    for item in items:
+        if item.name.startswith("."):
+            continue
+        if not item.is_dir():
+            yield item
+        elif skipped is not None and item.resolve() == skipped:
+            continue
+        elif _is_slide_folder(item):
+            yield item
+        elif item.name not in companions:
+            yield from _walk(item, skipped)
+
+
+def _is_slide_folder(folder: Path) -> bool:
+    """An OME-Zarr, or a folder of DICOM files and nothing else that could be a slide."""
+    if any((folder / name).exists() for name in ("zarr.json", ".zattrs", ".zgroup")):
+        return True
+    suffixes = {
+        item.suffix.lower()
+        for item in folder.iterdir()
+        if not item.name.startswith(".") and not item.is_dir()
+    }
+    return suffixes & SLIDE_SUFFIXES == {".dcm"}
+
+
+def _entry(path: Path) -> Entry:
+    return Entry(id=result_stem(path), slide=str(path.absolute()))
+
+
+def _remote_entries(url: str, wanted: frozenset[str]) -> Iterator[Entry]:
+    if Path(url).suffix.lower() in MANIFEST_SUFFIXES:
+        yield from read_manifest(url)
+        return
+    for found in remote.list_slides(url, lambda name: _is_wanted(name, wanted)):
+        yield Entry(id=result_stem(Path(found)), slide=found)
+
+
+def _is_wanted(name: str, wanted: frozenset[str]) -> bool:
+    return name.lower().endswith(tuple(wanted)) if wanted else is_slide_name(name)
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [item.name for item in path.parent.iterdir()]
+    except OSError:
+        return f", nor does the folder {path.parent}"
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""

@@ -1,0 +1,241 @@
+"""A batch from its archives to its results: the function that joins all parts."""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
+
+from gigavim import __version__
+from gigavim.errors import SettingsError
+from gigavim_pipelines import cluster
+from gigavim_pipelines.engine import Engine, Policy
+from gigavim_pipelines.entries import Entry, shard
+from gigavim_pipelines.failures import Failure
+from gigavim_pipelines.folders import Archive
+from gigavim_pipelines.ledger import Ledger, ledger_path
+from gigavim_pipelines.recipe import Recipe
+from gigavim_pipelines.record import Record
+from gigavim_pipelines.resume import Verdict, sort_out
+from gigavim_pipelines.status import write_failed
+from gigavim_pipelines.worker import Job
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a batch is run, beyond its recipe."""
+
+    scheduler: str | None = None
+    """Of a dask cluster that runs already; None: workers are started here."""
+    shard: tuple[int, int] | None = None
+    """Which part (from 1) of how many."""
+    overwrite: bool = False
+    """Do again what is done."""
+    verify: bool = False
+    """Compute every result's checksum before it counts as done."""
+    dashboard: str | None = None
+    """Where dask shows its dashboard."""
+    command: str = ""
+    """As the user gave it, for the ledger."""
+    rerun: str = ""
+    """The command that runs the failed slides again, for the ledger."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What became of an archive."""
+
+    slides: int
+    skipped: int = 0
+    """Done by runs before."""
+    done: int = 0
+    failed: list[tuple[Entry, Failure]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Watcher(Protocol):
+    """Told how a batch goes on."""
+
+    def start(self, todo: Sequence[Verdict], skipped: int, workers: int) -> None:
+        """What is to be done and why, how many slides are done, and how many workers there are."""
+
+    def done(self, record: Record) -> None:
+        """A slide is finished."""
+
+    def tried(self, entry: Entry, failure: Failure, *, last: bool) -> None:
+        """An attempt failed."""
+
+
+def run_batch(
+    entries: Sequence[Entry], recipe: Recipe, out: Path, *, options: Options, watcher: Watcher
+) -> Batch:
+    """Process the slides of an archive that are not done.
+
+    Args:
+        entries: the slides, as `discover` lists them.
+        recipe: what is done with each.
+        out: the folder of the results; see `folders.Archive`.
+        options: see `Options`.
+        watcher: told how it goes.
+
+    Returns:
+        What was done, skipped, and what failed, each slide by itself.
+
+    Raises:
+        OutputError: the output folder cannot be used, or another run is at work in it.
+        ResourceError: the dask scheduler cannot be reached, or was lost.
+        SettingsError: the recipe names something that is not there.
+    """
+    started = time.perf_counter()
+    if options.shard is not None:
+        entries = shard(entries, *options.shard)
+    archive = Archive(out.absolute())
+    archive.make()
+    fingerprint = recipe.fingerprint()
+    batch, run = Batch(len(entries)), uuid4().hex[:12]
+    with Ledger(ledger_path(out, options.shard)) as ledger:
+        archive.recover(entry.id for entry in entries)
+        ledger.begin_run(
+            run,
+            version=__version__,
+            recipe=recipe.model_dump_json(),
+            command=options.command,
+            rerun=options.rerun,
+        )
+        todo = _left(entries, archive, fingerprint, ledger, options)
+        batch.skipped = len(entries) - len(todo)
+        if todo:
+            with _attempts_folder(ledger.path, archive) as attempts, _client(recipe, options) as at:
+                client, recipe, policy = at
+                watcher.start(todo, batch.skipped, cluster.slots(client))
+                jobs = _jobs(todo, recipe, fingerprint, archive, attempts, options)
+                Engine(client, _Notes(batch, ledger, archive, watcher), policy).run(jobs)
+        else:
+            watcher.start(todo, batch.skipped, 0)
+        ledger.end_run(run)
+    write_failed(out)
+    batch.seconds = time.perf_counter() - started
+    return batch
+
+
+def _left(
+    entries: Sequence[Entry], archive: Archive, fingerprint: str, ledger: Ledger, options: Options
+) -> list[Verdict]:
+    """The slides to process; the ledger is told of them and of those that are done."""
+    todo: list[Verdict] = []
+
+    def done() -> Iterator[Record]:
+        for verdict in sort_out(entries, archive, fingerprint, verify=options.verify):
+            if verdict.record is None:
+                todo.append(verdict)
+            elif options.overwrite:
+                todo.append(Verdict(verdict.entry, "--overwrite"))
+            else:
+                yield verdict.record
+
+    ledger.found(done())
+    ledger.wait(verdict.entry for verdict in todo)
+    return todo
+
+
+class _Notes:
+    """The engine's listener: ledger, logs and watcher are told."""
+
+    def __init__(self, batch: Batch, ledger: Ledger, archive: Archive, watcher: Watcher) -> None:
+        self._batch, self._ledger = batch, ledger
+        self._archive, self._watcher = archive, watcher
+
+    def begun(self, job: Job) -> None:
+        self._ledger.running(job.entry.id, job.attempt)
+
+    def done(self, job: Job, record: Record) -> None:
+        self._ledger.done(record, job.attempt)
+        self._batch.done += 1
+        self._watcher.done(record)
+
+    def tried(self, job: Job, failure: Failure, worker: str, *, last: bool) -> None:
+        entry = job.entry
+        if failure.detail:
+            with (self._archive.logs / f"{entry.id}.log").open("a", encoding="utf-8") as file:
+                when = time.strftime("%Y-%m-%d %H:%M:%S")
+                file.write(f"{when} attempt {job.attempt} on {worker}\n{failure.detail}\n\n")
+        # A worker that died left its working folder.
+        self._archive.recover([entry.id])
+        self._ledger.tried(entry.id, job.attempt, failure, worker, last=last)
+        if last:
+            self._batch.failed.append((entry, failure))
+        self._watcher.tried(entry, failure, last=last)
+
+
+@contextmanager
+def _client(recipe: Recipe, options: Options) -> Iterator[tuple["Client", Recipe, Policy]]:
+    """Workers, the recipe as it fits them, and how failures are met."""
+    tries, wait_s = recipe.batch.tries, _seconds("retry_wait", recipe.batch.retry_wait)
+    if options.scheduler is not None:
+        with cluster.remote_client(options.scheduler) as client:
+            # As many again wait at the scheduler: a cluster that adapts grows by what waits.
+            yield client, recipe, Policy(tries, wait_s, lookahead=1)
+        return
+    plan = cluster.plan_local(recipe)
+    with cluster.local_client(plan, dashboard=options.dashboard) as client:
+        yield client, cluster.within(recipe, plan), Policy(tries, wait_s)
+
+
+@contextmanager
+def _attempts_folder(ledger: Path, archive: Archive) -> Iterator[Path]:
+    """Where workers leave their last words; those of a run that was killed are of no use."""
+    folder = archive.logs / f".attempts-{ledger.stem}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _jobs(
+    todo: Sequence[Verdict],
+    recipe: Recipe,
+    fingerprint: str,
+    archive: Archive,
+    attempts: Path,
+    options: Options,
+) -> Iterator[Job]:
+    timeout_s = _seconds("timeout", recipe.batch.timeout)
+    for verdict in todo:
+        yield Job(
+            entry=verdict.entry,
+            recipe=recipe,
+            fingerprint=fingerprint,
+            out=archive.root,
+            attempt_file=attempts / f"{verdict.entry.id}.1",
+            timeout_s=timeout_s,
+            recycle_after=recipe.batch.recycle_after,
+            overwrite=options.overwrite,
+        )
+
+
+def _seconds(name: str, text: str) -> float:
+    """A span of time: "90", "30s", "15m", "6h".
+
+    Raises:
+        SettingsError: it is none.
+    """
+    from dask.utils import parse_timedelta
+
+    try:
+        seconds = float(parse_timedelta(text))
+    except (ValueError, KeyError, TypeError):
+        seconds = -1.0
+    if not 0 <= seconds < 1e8:
+        raise SettingsError(f"batch.{name} = {text!r} is no span of time; write it like 90s or 6h.")
+    return seconds

@@ -1,0 +1,163 @@
+"""One slide, on a worker: the task is run, watched, measured and recorded."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gigavim_pipelines import remote
+from gigavim_pipelines.entries import Entry, is_remote
+from gigavim_pipelines.failures import Failure, classify
+from gigavim_pipelines.fingerprints import (
+    checksum,
+    input_fingerprint,
+    slide_bytes,
+    stamp,
+    total_bytes,
+)
+from gigavim_pipelines.folders import Archive
+from gigavim_pipelines.lastwords import BegunBeforeError, watched
+from gigavim_pipelines.memory import peak_memory
+from gigavim_pipelines.recipe import Recipe
+from gigavim_pipelines.record import Output, Record, record_name
+
+# One slide at a time in a process, whatever number of threads a worker was given: a slide may end
+# its process, and may use all the memory that the worker has.
+_one_slide = threading.Lock()
+_slides_done = 0
+
+_ANSWER_S = 0.05
+"""Time for a slide's answer to be on its way before its worker leaves."""
+
+_NOT_FOR_INDEX = frozenset(("provenance", "plan"))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that a worker must know to process a slide."""
+
+    entry: Entry
+    recipe: Recipe
+    fingerprint: str
+    """Of the recipe."""
+    out: Path
+    attempt_file: Path
+    attempt: int = 1
+    timeout_s: float = 0.0
+    recycle_after: int = 0
+    overwrite: bool = False
+
+    def again(self, *, attempt: int) -> "Job":
+        """The same slide's job for another attempt."""
+        file = self.attempt_file.with_name(f"{self.entry.id}.{attempt}")
+        return replace(self, attempt=attempt, attempt_file=file)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended: one of the two is there."""
+
+    record: Record | None = None
+    failure: Failure | None = None
+    begun_before: bool = False
+    """The scheduler gave the attempt out anew after a worker died at it."""
+    worker: str = ""
+
+
+def run_slide(job: Job) -> Outcome:
+    """Process a slide; errors are an answer too. Called by dask on a worker."""
+    me = f"{socket.gethostname()}:{os.getpid()}"
+    with _one_slide:
+        try:
+            with watched(job.attempt_file, timeout_s=job.timeout_s):
+                outcome = Outcome(record=_record(job, me), worker=me)
+        except BegunBeforeError:
+            outcome = Outcome(begun_before=True, worker=me)
+        except Exception as error:
+            failure = classify(error, detail=traceback.format_exc())
+            outcome = Outcome(failure=failure, worker=me)
+        _recycle(job.recycle_after)
+    return outcome
+
+
+def _record(job: Job, me: str) -> Record:
+    entry, archive = job.entry, Archive(job.out)
+    started = time.time()
+    before = stamp(entry)
+    with (
+        peak_memory() as peak,
+        archive.staging(entry.id, overwrite=job.overwrite) as folder,
+    ):
+        fingerprint = input_fingerprint(entry)
+        result = _run_task(job, folder)
+        outputs = {kind: _output(path, folder) for kind, path in result.outputs.items()}
+        record = Record(
+            id=entry.id,
+            slide=entry.slide,
+            recipe=job.fingerprint,
+            input=fingerprint,
+            stamp=before,
+            size_bytes=slide_bytes(entry),
+            outputs=outputs,
+            started=started,
+            seconds=round(time.time() - started, 3),
+            peak_bytes=peak(),
+            worker=me,
+            label=entry.label,
+            summary={k: v for k, v in result.summary.items() if k not in _NOT_FOR_INDEX},
+        )
+        record.write(folder / record_name(entry.id))
+    return record
+
+
+def _run_task(job: Job, folder: Path) -> Any:
+    with ExitStack() as stack:
+        path, mask = (
+            stack.enter_context(_local(name, folder)) if name else None
+            for name in (job.entry.slide, job.entry.mask)
+        )
+        settings = job.recipe.settings.with_flags(
+            input={"slide_mpp": job.entry.mpp},
+            tokens={"tissue": None if mask is None else str(mask)},
+            output={"directory": str(folder), "overwrite": True},
+        )
+        task = job.recipe.function()
+        return task(path, settings=settings, stem=job.entry.id, progress=None)
+
+
+@contextmanager
+def _local(name: str, folder: Path) -> Iterator[Path]:
+    if is_remote(name):
+        with remote.fetched(name, folder) as path:
+            yield path
+    else:
+        yield Path(name)
+
+
+def _output(path: Path, folder: Path) -> Output:
+    inside = Path(path).absolute().relative_to(folder.absolute())
+    return Output(inside.as_posix(), total_bytes(path), checksum(path))
+
+
+def _recycle(after: int) -> None:
+    """Ask for a fresh process after some slides: libraries leak, caches grow."""
+    from distributed import get_worker
+
+    global _slides_done
+    _slides_done += 1
+    worker = get_worker()
+    # Without a nanny nobody would start it anew.
+    if after and _slides_done >= after and worker.nanny is not None:
+        worker.loop.add_callback(_close_soon, worker)
+
+
+async def _close_soon(worker: Any) -> None:
+    await asyncio.sleep(_ANSWER_S)
+    await worker.close_gracefully(restart=True, reason="gigavim-recycle")

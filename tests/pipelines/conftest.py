@@ -1,0 +1,100 @@
+"""Tasks that do nothing, or go wrong in every way, and archives of small files for them."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gigavim.cli.main import main
+
+FAULTY = '''
+"""A task whose slides are text files; their first word says what happens to them."""
+import ctypes, os, time
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def run(path, *, settings, stem, progress):
+    word, *rest = Path(path).read_text().split()
+    folder = Path(settings.output.directory)
+    if word == "segfault":
+        ctypes.string_at(0)
+    elif word == "hang":
+        ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock held, as a decoder may
+    elif word == "hoard":
+        hoard = []
+        while True:
+            hoard.append(bytearray(20_000_000))
+            time.sleep(0.01)
+    elif word == "unwell":
+        raise OSError(5, "Input/output error", str(path))
+    elif word == "unwell-once":
+        marker = Path(rest[0])
+        if not marker.exists():
+            marker.touch()
+            raise OSError(5, "Input/output error", str(path))
+    elif word == "defect":
+        raise KeyError("x")
+    elif word == "slow":
+        (Path(rest[1]) / f"{stem}.{os.getpid()}").touch()
+        time.sleep(float(rest[0]))
+    out = folder / f"{stem}.txt"
+    out.write_text(f"{word} {settings.input.slide_mpp} {settings.tokens.tissue}")
+    return SimpleNamespace(outputs={"text": out}, summary={"word": word})
+'''
+RECIPE = """
+[recipe]
+task = "faulty:run"
+[batch]
+timeout = "60s"
+retry_wait = "0.1s"
+tries = 2
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path) -> Callable[..., Outcome]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch) -> Path:
+    """A recipe for slides that are text files; workers find its task as they would a user's."""
+    folder = tmp_path / "plugin"
+    folder.mkdir()
+    (folder / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop("faulty", None)
+    path = tmp_path / "faulty.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def make_slides(tmp_path) -> Callable[..., Path]:
+    def make(folder: str = "slides", **words: str) -> Path:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        for name, text in words.items():
+            (place / f"{name}.svs").write_text(text)
+        return place
+
+    return make
