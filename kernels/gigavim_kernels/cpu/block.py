@@ -22,8 +22,8 @@ from gigavim_kernels.cpu.layout import (
     padded,
     prepare_branch,
 )
-from gigavim_kernels.cpu.norm import add_halves, rms_norm
-from gigavim_kernels.cpu.scan import scan_channels, state_block
+from gigavim_kernels.cpu.norm import add_halves, rms_norm, rms_norm_halves
+from gigavim_kernels.cpu.scan import scan_channels
 from gigavim_kernels.cpu.simd import LANES
 from gigavim_kernels.cpu.team import Team, share, team_of
 from gigavim_kernels.weights import BlockWeights
@@ -198,21 +198,20 @@ class _Chunk:
         """RMSNorm of a tile with its halos, (halo + rows + halo, D), in the products' dtype."""
         halo, branch = len(rows[0]), self.branch
         count, columns = stop - start + 2 * halo, rows[0].shape[1]
-        normed = self._team.buffer(f"normed{worker}", count, columns, torch.float32)
+        normed = self._team.buffer(f"normed{worker}", count, columns, self._product)
+        norm = rms_norm if self._product == torch.float32 else rms_norm_halves
         place = start - halo  # of the tile's first row, counted from that of the chunk
         for source, origin in zip(rows, (-halo, 0, self._tokens)):
             first = max(place, origin)
             last = min(place + count, origin + len(source))
             if first < last:
-                rms_norm(
+                norm(
                     source[first - origin : last - origin].numpy(),
                     branch.norm_weight,
                     branch.norm_eps,
-                    normed[first - place : last - place].numpy(),
+                    _bits(normed[first - place : last - place]),
                 )
-        if self._product == torch.float32:
-            return normed
-        return self._team.buffer(f"halves{worker}", count, columns, self._product).copy_(normed)
+        return normed
 
     def scan(self, states: list[Tensor], *, outputs: bool) -> list[Tensor]:
         """Scan all directions and return the carried states; y gets the gated sum."""
@@ -234,7 +233,7 @@ class _Chunk:
                 scan_channels(
                     _bits(self._c[i]), p[:, 2 * n :], d.dt_weight, d.dt_bias, d.A2,
                     p[:, :n], p[:, n : 2 * n], d.D, z, partial if i and outputs else None, y,
-                    hidden[i], d.reverse, state_block(n), start, stop,
+                    hidden[i], d.reverse, d.state_block, start, stop,
                 )  # fmt: skip
 
         self._team.run(work)
