@@ -327,6 +327,7 @@ def _facts(
     frame: MapFrame = job.grid.frame
     return {
         "slide": as_text(job.slide.path),
+        "warnings": list(job.choice.warnings),
         "map": {
             "width_px": frame.width_px,
             "height_px": frame.height_px,

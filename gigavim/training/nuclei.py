@@ -191,6 +191,7 @@ def new_card(
         config=model.encoder.config,
         mpp=MODEL_MPP,
         mpp_range=(0.1, 0.65),
+        illumination="brightfield",
         mean=MEAN,
         std=STD,
         classes=CLASSES,

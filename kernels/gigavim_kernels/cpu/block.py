@@ -219,20 +219,19 @@ class _Chunk:
             padded(padded(s.T, 1, LANES), 0, STATE_MULTIPLE).numpy() for s in states
         ]  # (N, E)
         groups = self._width // LANES
-        partial = None
-        if outputs and len(self._directions) > 1:
-            partial = self._team.buffer("sum", self._tokens, self._width, torch.float32).numpy()
+        y = _bits(self.y) if outputs else None
 
         def work(worker: int) -> None:
             start, stop = (LANES * g for g in share(groups, worker, self._team.threads))
             last = len(self._directions) - 1
             for i, d in enumerate(self._directions):
                 z = _bits(self._z) if outputs and i == last else None
-                y = (_bits(self.y) if i == last else partial) if outputs else None
+                # y holds the sum of the directions so far: a buffer in float32 would cost a tenth
+                # of the time, and the products round it to their dtype anyway.
                 p, n = self._projected[i].numpy(), len(d.A2)
                 scan_channels(
                     _bits(self._c[i]), p[:, 2 * n :], d.dt_weight, d.dt_bias, d.A2,
-                    p[:, :n], p[:, n : 2 * n], d.D, z, partial if i and outputs else None, y,
+                    p[:, :n], p[:, n : 2 * n], d.D, z, y if i else None, y,
                     hidden[i], d.reverse, d.state_block, start, stop,
                 )  # fmt: skip
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from gigavim_kernels.cpu.simd import jit
 
-
 _NAN_HALF = np.uint16(0x7FC0)
 _sums_in_any_order = functools.partial(jit, fastmath=("reassoc", "contract", "nsz"))
 

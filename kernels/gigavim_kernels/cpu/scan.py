@@ -244,7 +244,7 @@ def scan_channels(
         x: (L, E) float32 or bfloat16 bits; z, y alike; E a multiple of 16.
         dt: (L, R) float32 with dt_weight (R, E), or (L, E) without; dt_bias, D: (1, E).
         A2: (N, E), A * log2(e). B, C: (L, N) float32.
-        others: (L, E) float32, added to the output before the gate, or None.
+        others: (L, E), added to the output before the gate, or None; may be y itself.
         y: the output, or None where only the states are wanted.
         state: (N, E) float32, carried in place.
         block: a tuple as long as the block of states that stays in registers; it divides N.
