@@ -169,6 +169,7 @@ def _facts(job: Job, settings: Settings, unreadable: int, watch: Stopwatch) -> d
     frame, grid = job.grid.frame, job.grid
     return {
         "slide": as_text(job.slide.path),
+        "warnings": list(job.choice.warnings),
         "map": {
             "width_px": frame.width_px,
             "height_px": frame.height_px,
