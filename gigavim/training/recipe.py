@@ -42,6 +42,7 @@ class ModelRecipe(_Section):
     mpp: Positive
     """Micrometres per pixel at which the model works."""
     mpp_range: Range
+    illumination: Literal["brightfield", "any"] = "any"
     mean: tuple[Share, ...]
     std: tuple[Positive, ...]
     encoder_weights: str = ""

@@ -263,6 +263,7 @@ class Run:
             config=recipe.model.encoder,
             mpp=recipe.model.mpp,
             mpp_range=recipe.model.mpp_range,
+            illumination=recipe.model.illumination,
             mean=recipe.model.mean,
             std=recipe.model.std,
             classes=tuple(c.spec for c in recipe.classes),
