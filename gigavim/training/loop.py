@@ -124,6 +124,7 @@ def loss_of(
             drop_path=schedule.drop_path,
             generator=generator,
             recompute=len(images) * rows * cols > schedule.recompute_tokens,
+            tied=recipe.model.tied_rates,
         )
         place = torch.argsort(grid_cells(rows, cols, order)).to(encoded.device)
         patches = model.head(encoded.index_select(1, place))

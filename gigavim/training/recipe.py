@@ -44,6 +44,9 @@ class ModelRecipe(_Section):
     mpp_range: Range
     mean: tuple[Share, ...]
     std: tuple[Positive, ...]
+    tied_rates: bool = False
+    """Keep the decay rates of a channel's states in the ratio 1 : 2 : ... : 16: much faster on
+    CPUs, where training always does so."""
     encoder_weights: str = ""
     """Encoder weights to start from: an imported folder, safetensors or a published .pth."""
 

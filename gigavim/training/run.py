@@ -1,10 +1,11 @@
 """A whole training: data, loop, validation, logs, checkpoints, and the model folder at the end."""
 
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.heads import SegmentationModel
 from gigavim.model.vim import Vim
+from gigavim.model.weights import tie_rates
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
-from gigavim.training.encode import silence_odd_layers, tie_rates
+from gigavim.training.encode import silence_odd_layers, training_operators
 from gigavim.training.pack import Picture, read_pack, read_pictures, split
 from gigavim.training.recipe import Recipe
 
@@ -210,16 +212,22 @@ class Run:
         """Write the best average at half precision, and measure what was written."""
         progress, folder = self.progress, self.folder / "model"
         self.shadow.load_state_dict(progress.best)
-        if self.device.type == "cpu":
-            tie_rates(self.shadow.encoder)
         state = {k: v.half().float() for k, v in self.shadow.state_dict().items()}
         self.shadow.load_state_dict(state)
+        if self._tied:
+            tie_rates(self.shadow)
         metrics = self._metrics()
         save_model(folder, self.shadow, self._card(metrics), half=True)
         load_model(folder)  # what was written can be read
         text = json.dumps(metrics, indent=2) + "\n"
         (self.folder / "metrics.json").write_text(text, encoding="utf-8")
         return Result(folder, metrics, progress.step, progress.steps)
+
+    @property
+    def _tied(self) -> bool:
+        config = self.recipe.model.encoder
+        on_cpu = training_operators(self.device, config.d_state, config.d_inner) is not None
+        return self.recipe.model.tied_rates or (self.device.type == "cpu" and on_cpu)
 
     def _metrics(self) -> dict[str, float]:
         monitor = self.recipe.loss.monitor
@@ -261,6 +269,7 @@ class Run:
             name=recipe.model.name,
             description=recipe.model.description,
             config=recipe.model.encoder,
+            tied_rates=self._tied,
             mpp=recipe.model.mpp,
             mpp_range=recipe.model.mpp_range,
             mean=recipe.model.mean,
@@ -309,6 +318,20 @@ def _averager(ranks: int) -> Any:
             grad.copy_(part.view_as(grad))
 
     return average
+
+
+@contextlib.contextmanager
+def fast_products(device: torch.device, *, workers: int) -> Iterator[None]:
+    """Let float32 products be rounded as training allows: bfloat16 on CPUs with AMX, else TF32."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
+    if workers > 1:
+        torch.set_num_threads(1)  # one worker thread per core does better than shared products
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
 
 
 def pick_device(name: str) -> torch.device:
