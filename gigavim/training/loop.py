@@ -23,6 +23,9 @@ from gigavim.training.schedule import MEASURED_STEPS, Schedule, canvas_shape, pl
 log = logging.getLogger(__name__)
 
 Names = tuple[str, ...]
+Forward = Callable[[Tensor, int, Generator | None], Tensor]
+"""Logits (B, classes, H, W) of normalised images (B, 3, H, W), of every n-th layer only; the
+generator draws what is left out at random."""
 
 
 @dataclass
@@ -102,20 +105,12 @@ def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
     return progress
 
 
-def loss_of(
-    model: SegmentationModel,
-    batch: tuple[Tensor, Tensor],
-    recipe: Recipe,
-    *,
-    every: int = 1,
-    generator: Generator | None = None,
-) -> Tensor:
-    """The loss of a batch of canvases (B, 3, H, W) with labels (B, H, W) int64."""
-    images, labels = batch
+def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
+    """How a Vim of a recipe is seen in training."""
     config, schedule, order = model.encoder.config, recipe.schedule, recipe.model.scan_order
-    rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in labels.shape[1:])
-    half = images.device.type == "cuda"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+
+    def forward(images: Tensor, every: int, generator: Generator | None) -> Tensor:
+        rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in images.shape[2:])
         tokens = model.encoder.tokens(images, order=order)
         encoded = encode(
             model.encoder,
@@ -127,17 +122,35 @@ def loss_of(
             tied=recipe.model.tied_rates,
         )
         place = torch.argsort(grid_cells(rows, cols, order)).to(encoded.device)
-        patches = model.head(encoded.index_select(1, place))
-    logits = stitch(cast(Tensor, patches).float(), (rows, cols), config.stride_px)
+        patches = cast(Tensor, model.head(encoded.index_select(1, place)))
+        return stitch(patches.float(), (rows, cols), config.stride_px)
+
+    return forward
+
+
+def loss_of(
+    forward: Forward,
+    batch: tuple[Tensor, Tensor],
+    recipe: Recipe,
+    *,
+    every: int = 1,
+    generator: Generator | None = None,
+) -> Tensor:
+    """The loss of a batch of canvases (B, 3, H, W) with labels (B, H, W) int64."""
+    images, labels = batch
+    half = images.device.type == "cuda"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        logits = forward(images, every, generator)
     weights = torch.tensor(recipe.loss.class_weights, device=images.device)
     dice_classes = [recipe.class_names.index(name) for name in recipe.loss.dice_classes]
-    return segmentation_loss(logits, labels, weights, dice_classes)
+    return segmentation_loss(logits.float(), labels, weights, dice_classes)
 
 
 def train(
-    model: SegmentationModel,
+    model: nn.Module,
     canvases: Canvases,
     progress: Progress,
+    forward: Forward,
     *,
     on_step: Callable[[Progress, float, int], bool] | None = None,
     average_grads: Callable[[Sequence[nn.Parameter]], None] | None = None,
@@ -162,7 +175,7 @@ def train(
     durations: list[float] = []
 
     def work(worker: int) -> Worked:
-        return _work(model, canvases, progress, parameters, worker + worker_offset)
+        return _work(forward, canvases, progress, parameters, worker + worker_offset)
 
     with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
         while progress.step < progress.steps:
@@ -196,7 +209,7 @@ def _prepare_thread() -> None:
 
 
 def _work(
-    model: SegmentationModel,
+    forward: Forward,
     canvases: Canvases,
     progress: Progress,
     parameters: Sequence[nn.Parameter],
@@ -210,14 +223,15 @@ def _work(
     blocks = schedule.canvas_blocks(progress.step, plan)
     shape = canvas_shape(blocks, plan)
     batch = canvases.draw(shape, max(1, recipe.schedule.batch_blocks // blocks), generator)
-    loss = loss_of(model, batch, recipe, every=schedule.every(progress.step), generator=generator)
+    every = schedule.every(progress.step)
+    loss = loss_of(forward, batch, recipe, every=every, generator=generator)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     pixels = batch[1].numel()
-    return Worked(loss.item(), pixels, pixels // model.encoder.config.stride_px**2, grads)
+    return Worked(loss.item(), pixels, pixels // recipe.model.encoder.stride_px**2, grads)
 
 
 def _apply(
-    model: SegmentationModel,
+    model: nn.Module,
     progress: Progress,
     recipe: Recipe,
     names: Names,

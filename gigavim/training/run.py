@@ -130,6 +130,7 @@ class Run:
             self.model,
             self.canvases,
             self.progress,
+            loop.vim_forward(self.model, self.recipe),
             on_step=self._on_step,
             average_grads=_averager(self.ranks),
             worker_offset=64 * self.rank,
