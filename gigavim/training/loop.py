@@ -17,6 +17,7 @@ from gigavim.model.vim import grid_cells
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
 from gigavim.training.losses import segmentation_loss
+from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
 from gigavim.training.schedule import MEASURED_STEPS, Schedule, canvas_shape, planned_steps
 
@@ -153,8 +154,7 @@ def train(
     forward: Forward,
     *,
     on_step: Callable[[Progress, float, int], bool] | None = None,
-    average_grads: Callable[[Sequence[nn.Parameter]], None] | None = None,
-    worker_offset: int = 0,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train a model in place until the planned steps are done or `on_step` says to stop.
 
@@ -162,20 +162,20 @@ def train(
 
     Args:
         on_step: called after each step with the loss and the tokens seen; True stops.
-        average_grads: shares gradients between processes.
-        worker_offset: tells this process's batches from those of others.
+        ranks: the processes that train together.
 
     Raises:
         ModelError: gradients or the loss are not finite; names the layer.
     """
     recipe, schedule = canvases.recipe, canvases.recipe.schedule
+    ranks = ranks or Ranks(canvases.atlas.device)
     names, parameters = zip(*model.named_parameters(), strict=True)
     if schedule.max_minutes is not None and progress.step == 0:
         progress.steps = 1_000_000_000  # until the speed is known
     durations: list[float] = []
 
     def work(worker: int) -> Worked:
-        return _work(forward, canvases, progress, parameters, worker + worker_offset)
+        return _work(forward, canvases, progress, parameters, worker + 64 * ranks.rank)
 
     with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
         while progress.step < progress.steps:
@@ -184,20 +184,21 @@ def train(
                 results = [work(0)]
             else:
                 results = list(pool.map(work, range(schedule.workers)))
-            loss = _apply(model, progress, recipe, names, parameters, results, average_grads)
+            loss = _apply(model, progress, recipe, names, parameters, results, ranks)
             progress.step += 1
             durations.append(time.monotonic() - began)
             progress.seconds += durations[-1]
             if schedule.max_minutes is not None and progress.step == MEASURED_STEPS[1]:
                 recent = sorted(durations[-(MEASURED_STEPS[1] - MEASURED_STEPS[0]) :])
-                mean = sum(recent) / len(recent)
-                progress.steps = planned_steps(schedule, progress.step, progress.seconds, mean)
+                mean = ranks.agree(sum(recent) / len(recent))
+                spent = ranks.agree(progress.seconds)
+                progress.steps = planned_steps(schedule, progress.step, spent, mean)
                 log.info("%.3f s a step: %d steps are planned", mean, progress.steps)
             tokens = sum(r.tokens for r in results)
             if on_step is not None and on_step(progress, loss, tokens):
                 break
             overdue = schedule.max_minutes is not None and (
-                progress.seconds > 60 * schedule.max_minutes
+                ranks.agree(progress.seconds) > 60 * schedule.max_minutes
             )
             if overdue and progress.step < progress.steps:
                 log.warning("time is up at step %d of %d", progress.step, progress.steps)
@@ -237,7 +238,7 @@ def _apply(
     names: Names,
     parameters: Sequence[nn.Parameter],
     results: Sequence[Worked],
-    average_grads: Callable[[Sequence[nn.Parameter]], None] | None,
+    ranks: Ranks,
 ) -> float:
     """Average the workers' gradients by pixels, clip them, step, follow; returns the mean loss."""
     total = sum(r.pixels for r in results)
@@ -249,8 +250,7 @@ def _apply(
                 (r.grads[place] * (r.pixels / total) for r in results),
                 start=torch.zeros_like(parameter),
             )
-    if average_grads is not None:
-        average_grads(parameters)
+    ranks.average_grads(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
         raise ModelError(_blame(progress.step, names, parameters))

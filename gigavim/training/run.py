@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gigavim.errors import SettingsError
 from gigavim.model.card import ModelCard, TrainingRecord
@@ -24,6 +23,7 @@ from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import silence_odd_layers, training_operators
 from gigavim.training.pack import Picture, read_pack, read_pictures, split
+from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Run:
         self, recipe: Recipe, pictures: Sequence[Picture], folder: Path, device: torch.device
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
-        self.rank, self.ranks = _join_group(device)
+        self.ranks = ranks = Ranks(device)
         train, held_out = split(list(pictures), recipe)
         log.info("%d pictures for training, %d held out", len(train), len(held_out))
         self.canvases = Canvases(Atlas(train, device), recipe)
@@ -120,7 +120,7 @@ class Run:
             if recipe.schedule.half_depth:
                 silence_odd_layers(self.model.encoder)
             self.progress = loop.start(self.model, recipe)
-        self.logs = Logs(folder, self.progress.step) if self.rank == 0 else None
+        self.logs = Logs(folder, self.progress.step) if ranks.rank == 0 else None
         self.losses: list[float] = []
         self.tokens, self.since, self.saved = 0, time.monotonic(), time.monotonic()
 
@@ -132,10 +132,10 @@ class Run:
             self.progress,
             loop.vim_forward(self.model, self.recipe),
             on_step=self._on_step,
-            average_grads=_averager(self.ranks),
-            worker_offset=64 * self.rank,
+            ranks=self.ranks,
         )
-        if self.rank:
+        self.ranks.leave()
+        if self.ranks.rank:
             return Result(self.folder / "model", {}, self.progress.step, self.progress.steps)
         loop.save(self.checkpoint, self.model, self.progress)
         if not self.progress.best:
@@ -144,7 +144,7 @@ class Run:
 
     def _on_step(self, progress: loop.Progress, loss: float, tokens: int) -> bool:
         self.losses.append(loss)
-        self.tokens += tokens * self.ranks
+        self.tokens += tokens * self.ranks.count
         ends = progress.step >= progress.steps
         if self.logs is not None and (progress.step % LOG_EVERY == 0 or ends):
             seconds = time.monotonic() - self.since
@@ -171,7 +171,7 @@ class Run:
             if stop:
                 log.info("no better score for %d validations: stopping", patience)
         due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        if self.rank == 0 and (due or stop or ends):
+        if self.ranks.rank == 0 and (due or stop or ends):
             loop.save(self.checkpoint, self.model, progress)
             self.saved = time.monotonic()
         return stop
@@ -263,7 +263,7 @@ class Run:
             ),
             seeds=(recipe.schedule.seed,),
             hours=round(progress.seconds / 3600, 3),
-            hardware=_hardware(self.device, self.ranks),
+            hardware=_hardware(self.device, self.ranks.count),
         )
         change = metrics["bfloat16_changes"]
         return ModelCard(
@@ -291,34 +291,6 @@ def _hardware(device: torch.device, ranks: int) -> str:
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
     return f"{os.cpu_count()} CPU cores"
-
-
-def _join_group(device: torch.device) -> tuple[int, int]:
-    """Rank and number of processes, as torchrun sets them."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        return 0, 1
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _averager(ranks: int) -> Any:
-    if ranks == 1:
-        return None
-    import torch.distributed as dist
-
-    def average(parameters: Sequence[nn.Parameter]) -> None:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        flat /= ranks
-        for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-    return average
 
 
 @contextlib.contextmanager
