@@ -98,7 +98,10 @@ class DataRecipe(_Section):
     images: tuple[str, ...]
     """Glob patterns."""
     masks: str
-    """The mask of a picture, from its folder: "../masks/{stem}.*"."""
+    """The mask of a picture, from its folder: "../masks/{stem}.*". A .geojson is QuPath's: an area
+    is of the class that its classification names."""
+    region: str = "Region*"
+    """Classification of the areas that were annotated; outside of them nothing is labelled."""
     group_pattern: str
     """A regular expression on the path; what its first bracket finds is the picture's key."""
     groups: dict[str, tuple[str, ...]] = {}
