@@ -99,10 +99,12 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
     """
     from gigavim.model.heads import SegmentationModel
     from gigavim.model.vim import Vim
-    from gigavim.model.weights import fill, read_safetensors
+    from gigavim.model.weights import fill, read_safetensors, tie_rates
 
     model = SegmentationModel(Vim(card.config), len(card.classes))
     fill(model, read_safetensors(path), source=path)
+    if card.tied_rates:
+        tie_rates(model)
     return model.eval()
 
 

@@ -75,8 +75,9 @@ def import_(weights: Path, output: Path | None, ema: bool) -> None:
     click.echo(
         f"{folder}: Vim of {config.depth} layers x {config.d_model}, "
         f"patches of {config.patch_px} px every {config.stride_px} px, "
-        f"positions for {config.grid_hw[0]} x {config.grid_hw[1]}, class token {config.class_token}\nlicence: {card.licence}"
+        f"positions for {config.grid_hw[0]} x {config.grid_hw[1]}, class token {config.class_token}"
     )
+    click.echo(f"licence: {card.licence}")
 
 
 def _show(values: object, indent: str) -> None:

@@ -69,16 +69,12 @@ def command(
         count = write_pack(pack, read_pictures(data, found), found)
         click.echo(f"{pack}: {count} pictures, {pack.stat().st_size / 1e6:.1f} MB", err=True)
         return
-    import torch
-
-    from gigavim.training.run import Run, load_data, pick_device
+    from gigavim.training.run import Run, fast_products, load_data, pick_device
 
     where = pick_device(device)
-    torch.set_float32_matmul_precision("medium" if where.type == "cpu" else "high")
-    if found.schedule.workers > 1:
-        torch.set_num_threads(1)  # one worker thread per core does better than shared products
     folder = output or Path("gigavim_train") / found.model.name
-    result = Run(found, load_data(data, found), folder, where).train()
+    with fast_products(where, workers=found.schedule.workers):
+        result = Run(found, load_data(data, found), folder, where).train()
     if result.metrics:
         from gigavim.training.score import monitored
 

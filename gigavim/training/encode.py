@@ -40,6 +40,7 @@ def encode(
     drop_path: float = 0.0,
     generator: Generator | None = None,
     recompute: bool = False,
+    tied: bool = False,
 ) -> Tensor:
     """Return what `encoder.encode` returns for sequences (B, L, D), with gradients.
 
@@ -49,6 +50,8 @@ def encode(
         generator: draws the layers that are skipped, on the device of the tokens.
         recompute: keep only the stream before each layer, and compute the rest once more in the
             backward pass.
+        tied: keep the decay rates of a channel's states in the ratio 1 : 2 : ... : N, which CPUs
+            scan much faster; on a CPU they are always kept so.
     """
     operators = training_operators(tokens.device, encoder.config.d_state, encoder.config.d_inner)
     if encoder.config.bidirectional == "layer_pairs":
@@ -57,9 +60,9 @@ def encode(
     layers = cast(list[Block], list(encoder.layers))[::every]
     for place, layer in enumerate(layers):
         if recompute and torch.is_grad_enabled():
-            branch = checkpoint(_branch, layer, stream, operators, use_reentrant=False)
+            branch = checkpoint(_branch, layer, stream, operators, tied, use_reentrant=False)
         else:
-            branch = _branch(layer, stream, operators)
+            branch = _branch(layer, stream, operators, tied)
         rate = drop_path * place / max(1, len(layers) - 1)
         if rate > 0 and torch.is_grad_enabled():
             draw = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
@@ -125,8 +128,12 @@ def scan_error(operators: Operators, device: torch.device, states: int, channels
 
 def tied_rate(A: Tensor) -> Tensor:
     """Fit rate (E,) such that A (E, N) is about n * rate; the states share its gradient."""
-    multiples = torch.arange(1, A.shape[1] + 1, dtype=A.dtype, device=A.device)
-    return -torch.exp(torch.log(-A / multiples).mean(1))
+    return -torch.exp(torch.log(-A / spread_rate(A.new_ones(1), A.shape[1])).mean(1))
+
+
+def spread_rate(rate: Tensor, states: int) -> Tensor:
+    """The rates (E, N) of states that share a rate (E,): n * rate."""
+    return rate[:, None] * torch.arange(1, states + 1, dtype=rate.dtype, device=rate.device)
 
 
 @torch.no_grad()
@@ -134,15 +141,6 @@ def silence_odd_layers(encoder: Vim) -> None:
     """Let every second layer add nothing at first, so that it can join a trained encoder later."""
     for layer in list(encoder.layers)[1::2]:
         cast(Block, layer).mixer.out_proj.weight.zero_()
-
-
-@torch.no_grad()
-def tie_rates(encoder: Vim) -> None:
-    """Undo the rounding drift of training with tied rates."""
-    for name, parameter in encoder.named_parameters():
-        if name.endswith(("A_log", "A_b_log")):
-            states = torch.arange(1, parameter.shape[1] + 1, dtype=torch.float32).log()
-            parameter.copy_((parameter - states).mean(1, keepdim=True) + states)
 
 
 def _numba_operators() -> Operators:
@@ -170,7 +168,7 @@ def _triton_operators() -> Operators:
     return Operators(conv_adjoint.causal_conv, scan)
 
 
-def _branch(block: Block, stream: Tensor, operators: Operators | None) -> Tensor:
+def _branch(block: Block, stream: Tensor, operators: Operators | None, tied: bool) -> Tensor:
     """Norm, in_proj, scans, out_proj: (B, L, D) to (B, L, D) in the stream's dtype."""
     if operators is None:
         return cast(Tensor, block(stream))
@@ -190,7 +188,7 @@ def _branch(block: Block, stream: Tensor, operators: Operators | None) -> Tensor
         y = operators.scan(
             u,
             F.linear(low, F.pad(direction.dt_weight, (0, more))),
-            direction.A,
+            spread_rate(tied_rate(direction.A), states) if tied else direction.A,
             B,
             C,
             direction.D,

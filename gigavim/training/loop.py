@@ -17,12 +17,16 @@ from gigavim.model.vim import grid_cells
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
 from gigavim.training.losses import segmentation_loss
+from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
 from gigavim.training.schedule import MEASURED_STEPS, Schedule, canvas_shape, planned_steps
 
 log = logging.getLogger(__name__)
 
 Names = tuple[str, ...]
+Forward = Callable[[Tensor, int, Generator | None], Tensor]
+"""Logits (B, classes, H, W) of normalised images (B, 3, H, W), of every n-th layer only; the
+generator draws what is left out at random."""
 
 
 @dataclass
@@ -102,20 +106,12 @@ def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
     return progress
 
 
-def loss_of(
-    model: SegmentationModel,
-    batch: tuple[Tensor, Tensor],
-    recipe: Recipe,
-    *,
-    every: int = 1,
-    generator: Generator | None = None,
-) -> Tensor:
-    """The loss of a batch of canvases (B, 3, H, W) with labels (B, H, W) int64."""
-    images, labels = batch
+def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
+    """How a Vim of a recipe is seen in training."""
     config, schedule, order = model.encoder.config, recipe.schedule, recipe.model.scan_order
-    rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in labels.shape[1:])
-    half = images.device.type == "cuda"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+
+    def forward(images: Tensor, every: int, generator: Generator | None) -> Tensor:
+        rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in images.shape[2:])
         tokens = model.encoder.tokens(images, order=order)
         encoded = encode(
             model.encoder,
@@ -124,23 +120,41 @@ def loss_of(
             drop_path=schedule.drop_path,
             generator=generator,
             recompute=len(images) * rows * cols > schedule.recompute_tokens,
+            tied=recipe.model.tied_rates,
         )
         place = torch.argsort(grid_cells(rows, cols, order)).to(encoded.device)
-        patches = model.head(encoded.index_select(1, place))
-    logits = stitch(cast(Tensor, patches).float(), (rows, cols), config.stride_px)
+        patches = cast(Tensor, model.head(encoded.index_select(1, place)))
+        return stitch(patches.float(), (rows, cols), config.stride_px)
+
+    return forward
+
+
+def loss_of(
+    forward: Forward,
+    batch: tuple[Tensor, Tensor],
+    recipe: Recipe,
+    *,
+    every: int = 1,
+    generator: Generator | None = None,
+) -> Tensor:
+    """The loss of a batch of canvases (B, 3, H, W) with labels (B, H, W) int64."""
+    images, labels = batch
+    half = images.device.type == "cuda"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        logits = forward(images, every, generator)
     weights = torch.tensor(recipe.loss.class_weights, device=images.device)
     dice_classes = [recipe.class_names.index(name) for name in recipe.loss.dice_classes]
-    return segmentation_loss(logits, labels, weights, dice_classes)
+    return segmentation_loss(logits.float(), labels, weights, dice_classes)
 
 
 def train(
-    model: SegmentationModel,
+    model: nn.Module,
     canvases: Canvases,
     progress: Progress,
+    forward: Forward,
     *,
     on_step: Callable[[Progress, float, int], bool] | None = None,
-    average_grads: Callable[[Sequence[nn.Parameter]], None] | None = None,
-    worker_offset: int = 0,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train a model in place until the planned steps are done or `on_step` says to stop.
 
@@ -148,20 +162,20 @@ def train(
 
     Args:
         on_step: called after each step with the loss and the tokens seen; True stops.
-        average_grads: shares gradients between processes.
-        worker_offset: tells this process's batches from those of others.
+        ranks: the processes that train together.
 
     Raises:
         ModelError: gradients or the loss are not finite; names the layer.
     """
     recipe, schedule = canvases.recipe, canvases.recipe.schedule
+    ranks = ranks or Ranks(canvases.atlas.device)
     names, parameters = zip(*model.named_parameters(), strict=True)
     if schedule.max_minutes is not None and progress.step == 0:
         progress.steps = 1_000_000_000  # until the speed is known
     durations: list[float] = []
 
     def work(worker: int) -> Worked:
-        return _work(model, canvases, progress, parameters, worker + worker_offset)
+        return _work(forward, canvases, progress, parameters, worker + 64 * ranks.rank)
 
     with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
         while progress.step < progress.steps:
@@ -170,20 +184,21 @@ def train(
                 results = [work(0)]
             else:
                 results = list(pool.map(work, range(schedule.workers)))
-            loss = _apply(model, progress, recipe, names, parameters, results, average_grads)
+            loss = _apply(model, progress, recipe, names, parameters, results, ranks)
             progress.step += 1
             durations.append(time.monotonic() - began)
             progress.seconds += durations[-1]
             if schedule.max_minutes is not None and progress.step == MEASURED_STEPS[1]:
                 recent = sorted(durations[-(MEASURED_STEPS[1] - MEASURED_STEPS[0]) :])
-                mean = sum(recent) / len(recent)
-                progress.steps = planned_steps(schedule, progress.step, progress.seconds, mean)
+                mean = ranks.agree(sum(recent) / len(recent))
+                spent = ranks.agree(progress.seconds)
+                progress.steps = planned_steps(schedule, progress.step, spent, mean)
                 log.info("%.3f s a step: %d steps are planned", mean, progress.steps)
             tokens = sum(r.tokens for r in results)
             if on_step is not None and on_step(progress, loss, tokens):
                 break
             overdue = schedule.max_minutes is not None and (
-                progress.seconds > 60 * schedule.max_minutes
+                ranks.agree(progress.seconds) > 60 * schedule.max_minutes
             )
             if overdue and progress.step < progress.steps:
                 log.warning("time is up at step %d of %d", progress.step, progress.steps)
@@ -195,7 +210,7 @@ def _prepare_thread() -> None:
 
 
 def _work(
-    model: SegmentationModel,
+    forward: Forward,
     canvases: Canvases,
     progress: Progress,
     parameters: Sequence[nn.Parameter],
@@ -209,20 +224,21 @@ def _work(
     blocks = schedule.canvas_blocks(progress.step, plan)
     shape = canvas_shape(blocks, plan)
     batch = canvases.draw(shape, max(1, recipe.schedule.batch_blocks // blocks), generator)
-    loss = loss_of(model, batch, recipe, every=schedule.every(progress.step), generator=generator)
+    every = schedule.every(progress.step)
+    loss = loss_of(forward, batch, recipe, every=every, generator=generator)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     pixels = batch[1].numel()
-    return Worked(loss.item(), pixels, pixels // model.encoder.config.stride_px**2, grads)
+    return Worked(loss.item(), pixels, pixels // recipe.model.encoder.stride_px**2, grads)
 
 
 def _apply(
-    model: SegmentationModel,
+    model: nn.Module,
     progress: Progress,
     recipe: Recipe,
     names: Names,
     parameters: Sequence[nn.Parameter],
     results: Sequence[Worked],
-    average_grads: Callable[[Sequence[nn.Parameter]], None] | None,
+    ranks: Ranks,
 ) -> float:
     """Average the workers' gradients by pixels, clip them, step, follow; returns the mean loss."""
     total = sum(r.pixels for r in results)
@@ -234,8 +250,7 @@ def _apply(
                 (r.grads[place] * (r.pixels / total) for r in results),
                 start=torch.zeros_like(parameter),
             )
-    if average_grads is not None:
-        average_grads(parameters)
+    ranks.average_grads(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
         raise ModelError(_blame(progress.step, names, parameters))

@@ -45,6 +45,9 @@ class ModelRecipe(_Section):
     illumination: Literal["brightfield", "any"] = "any"
     mean: tuple[Share, ...]
     std: tuple[Positive, ...]
+    tied_rates: bool = False
+    """Keep the decay rates of a channel's states in the ratio 1 : 2 : ... : 16: much faster on
+    CPUs, where training always does so."""
     encoder_weights: str = ""
     """Encoder weights to start from: an imported folder, safetensors or a published .pth."""
 
@@ -96,7 +99,10 @@ class DataRecipe(_Section):
     images: tuple[str, ...]
     """Glob patterns."""
     masks: str
-    """The mask of a picture, from its folder: "../masks/{stem}.*"."""
+    """The mask of a picture, from its folder: "../masks/{stem}.*". A .geojson is QuPath's: an area
+    is of the class that its classification names."""
+    region: str = "Region*"
+    """Classification of the areas that were annotated; outside of them nothing is labelled."""
     group_pattern: str
     """A regular expression on the path; what its first bracket finds is the picture's key."""
     groups: dict[str, tuple[str, ...]] = {}

@@ -32,7 +32,8 @@ def trained(canvases, on_step=None, model=None, progress=None):
         losses.append(loss)
         return on_step is not None and on_step(progress)
 
-    loop.train(model, canvases, progress, on_step=note)
+    forward = loop.vim_forward(model, canvases.recipe)
+    loop.train(model, canvases, progress, forward, on_step=note)
     return model, progress, losses
 
 
@@ -51,7 +52,7 @@ def test_training_lowers_the_loss_and_repeats(canvases, workers):
     batch = canvases.draw((2, 2), 2, torch.Generator().manual_seed(99))
     with torch.no_grad():
         before, after = (
-            loop.loss_of(model, batch, canvases.recipe).item()
+            loop.loss_of(loop.vim_forward(model, canvases.recipe), batch, canvases.recipe).item()
             for model in (new_model(canvases.recipe), first)
         )
     assert after < before
@@ -98,7 +99,7 @@ def test_recomputing_changes_nothing(canvases):
         recipe = changed(canvases, recompute_tokens=tokens, drop_path=0.5).recipe
         model = new_model(recipe)
         generator = torch.Generator().manual_seed(1)
-        loop.loss_of(model, batch, recipe, generator=generator).backward()
+        loop.loss_of(loop.vim_forward(model, recipe), batch, recipe, generator=generator).backward()
         grads.append([p.grad for p in model.parameters()])
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
