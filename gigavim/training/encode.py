@@ -91,38 +91,37 @@ def training_operators(device: torch.device, states: int, channels: int) -> Oper
 
 
 def scan_error(operators: Operators, device: torch.device, states: int, channels: int) -> float:
-    """The largest relative error of outputs and gradients against plain torch, in float32."""
+    """The largest relative error of outputs and gradients against plain torch in float64."""
     from gigavim_kernels import chunked, naive
 
-    def inputs() -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        length = 300
-        rows = [torch.randn(2, length, channels, generator=generator) for _ in range(3)]
-        sides = [torch.randn(2, length, states, generator=generator) for _ in range(2)]
-        rates = -torch.rand(channels, states, generator=generator) - 0.05
-        weights = [torch.randn(channels, generator=generator) for _ in range(3)]
-        taps = torch.randn(channels, 4, generator=generator)
-        made = [rows[0], rows[1], rates, *sides, weights[0], rows[2], weights[1], taps, weights[2]]
-        return [t.to(device).requires_grad_() for t in made]
+    generator = torch.Generator().manual_seed(0)
 
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    length = 300
+    rows = [draw(2, length, channels) for _ in range(4)]
+    sides = [draw(2, length, states) for _ in range(2)]
+    rates = -torch.rand(channels, states, generator=generator) - 0.05
+    scan = [rows[0], rates, *sides, draw(channels), rows[1], draw(channels)]
+    inputs = [rows[2], draw(channels, 4), draw(channels), *scan]
+    weights = rows[3].to(device)
     worst = 0.0
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     for reverse in (False, True):
-        found, expected = inputs(), inputs()
-        y = operators.conv(found[0], *found[8:], reverse=reverse)
-        y = operators.scan(y, *found[1:8], reverse=reverse)
-        plain = naive.causal_conv(expected[0], *expected[8:], reverse=reverse)
-        plain = chunked.selective_scan(plain, *expected[1:8], reverse=reverse).y
-        torch.autograd.backward((y * y.detach().cos()).sum())
-        torch.autograd.backward((plain * plain.detach().cos()).sum())
+        found = [t.to(device).requires_grad_() for t in inputs]
+        expected = [t.to(device, torch.float64).requires_grad_() for t in inputs]
+        y = operators.scan(operators.conv(*found[:3], reverse=reverse), *found[3:], reverse=reverse)
+        plain = chunked.selective_scan(
+            naive.causal_conv(*expected[:3], reverse=reverse), *expected[3:], reverse=reverse
+        ).y
+        (y * weights).sum().backward()
+        (plain * weights).sum().backward()
         pairs = [(y, plain), *((f.grad, e.grad) for f, e in zip(found, expected, strict=True))]
         for one, other in pairs:
             assert one is not None
             assert other is not None
             difference = (one.detach() - other.detach()).norm()
             worst = max(worst, float(difference / other.detach().norm().clamp(min=1e-6)))
-    torch.set_float32_matmul_precision(precision)
     return worst
 
 
