@@ -108,14 +108,14 @@ def scan_error(operators: Operators, device: torch.device, states: int, channels
     weights = rows[3].to(device)
     worst = 0.0
     for reverse in (False, True):
-        found = [t.to(device).requires_grad_() for t in inputs]
+        found = [t.to(device, copy=True).requires_grad_() for t in inputs]
         expected = [t.to(device, torch.float64).requires_grad_() for t in inputs]
         y = operators.scan(operators.conv(*found[:3], reverse=reverse), *found[3:], reverse=reverse)
         plain = chunked.selective_scan(
             naive.causal_conv(*expected[:3], reverse=reverse), *expected[3:], reverse=reverse
         ).y
-        (y * weights).sum().backward()
-        (plain * weights).sum().backward()
+        torch.autograd.backward((y * weights).sum())
+        torch.autograd.backward((plain * weights).sum())
         pairs = [(y, plain), *((f.grad, e.grad) for f, e in zip(found, expected, strict=True))]
         for one, other in pairs:
             assert one is not None

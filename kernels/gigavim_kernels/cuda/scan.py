@@ -88,8 +88,8 @@ def scan(
                 length, plan.chunk, plan.chunks,
                 *x.stride()[1:3], *dt.stride()[1:3], *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
-                E=channels, N=states, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL, MARK=MARK, ADD=i > 0,
-                **options(1, registers=FORWARD.registers),
+                E=channels, N=states, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL,
+                MARK=MARK, ADD=i > 0, **options(1, registers=FORWARD.registers),
             )  # fmt: skip
     return Scanned(y, last, decay, marks)
 
