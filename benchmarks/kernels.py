@@ -32,7 +32,7 @@ from gigavim_kernels.block import BlockKernel
 from gigavim_kernels.cuda import ops
 from gigavim_kernels.cuda.block import CudaBlock
 from gigavim_kernels.cuda.plan import multiprocessors, plan_scan
-from gigavim_kernels.cuda.scan import scan, scan_states
+from gigavim_kernels.cuda.scan import join, scan, scan_states
 from gigavim_kernels.torch_block import TorchBlock
 from gigavim_kernels.weights import BlockWeights
 
@@ -146,17 +146,19 @@ def forward_backward(run: Scan, leaves: dict[str, Tensor]) -> None:
 def time_chunks(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     """The plan's chunk length against shorter and longer ones, and the passes by themselves."""
     for batch, length in sizes.scans:
-        given = {
-            n: t[None] if n != "z" else t for n, t in scan_arguments(batch, length, device).items()
-        }
+        drawn = scan_arguments(batch, length, device)
+        given = {n: drawn[n][None] for n in ("x", "dt", "A", "dt_bias")}
+        given["bc"] = join(drawn["B"], drawn["C"])[None]
+        gated = given | {"D": drawn["D"][None], "z": drawn["z"]}
         chosen = plan_scan(batch, length, E, N, multiprocessors=multiprocessors(device)).chunk
         row: dict[str, Any] = {"what": f"{batch} x {length:,}", "chunk": chosen}
         for factor in (0.125, 0.25, 0.5, 0.75, 1, 2):
             chunk = max(1, int(chosen * factor))
-            taken = median_seconds(lambda g=given, c=chunk: scan(**g, reverse=[False], chunk=c))
+            taken = median_seconds(lambda g=gated, c=chunk: scan(**g, reverse=[False], chunk=c))
             row[f"x {factor:g}"] = taken / batch / length * 1e9
-        without = {n: given[n] for n in ("x", "dt", "A", "B", "dt_bias")}
-        taken = median_seconds(lambda w=without: scan_states(**w, reverse=[False]))
+        taken = median_seconds(lambda g=gated: scan(**g, reverse=[False], mark=True))
+        row["marked"] = taken / batch / length * 1e9
+        taken = median_seconds(lambda g=given: scan_states(**g, reverse=[False]))
         row["states only"] = taken / batch / length * 1e9
         yield row
 
