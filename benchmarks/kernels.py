@@ -26,7 +26,7 @@ from gigavim.engine.sequence import TokenSequence
 from gigavim.engine.sweep import sweep_block
 from gigavim.model.registry import REGISTRY
 from gigavim.model.vim import Vim
-from gigavim_kernels import chunked, naive
+from gigavim_kernels import chunked, selftest
 from gigavim_kernels.backends import Precision, backend_name, prepare_block
 from gigavim_kernels.block import BlockKernel
 from gigavim_kernels.cuda import ops
@@ -203,11 +203,6 @@ def synchronized_seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    expected = expected.double().cpu()
-    return float((found.double().cpu() - expected).norm() / expected.norm())
-
-
 def check_sweep(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     """Vim-Ti over one sequence in odd chunks, against the CPU in float32."""
     torch.manual_seed(0)
@@ -232,31 +227,15 @@ def check_sweep(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
             )
             yield {
                 "what": f"sweep, {precision}, chunk {chunk}",
-                "relative error": relative_error(found - start, expected - start),
+                "relative error": selftest.relative_error(found - start, expected - start),
             }
 
 
 def check_huge(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Windows of a scan whose offsets pass 2^32, from a state that the steps before forget."""
-    given = scan_arguments(1, sizes.huge, device)
-    given["dt_bias"] += 2.5
-    given["A"] = given["A"] - 1
-    warm, window = (600, 100) if sizes.huge > 10_000 else (100, 20)
-    for reverse in (False, True):
-        y = ops.selective_scan(**given, reverse=reverse).y
-        ends = {(1 << bits) // E for bits in (31, 32)} | {window, sizes.huge // 3, sizes.huge}
-        for end in sorted(e for e in ends if e <= sizes.huge):
-            start = end - window
-            first = max(0, start - warm) if not reverse else start
-            last = min(sizes.huge, end + warm) if reverse else end
-            part = {n: (t[:, first:last] if t.dim() == 3 else t).double() for n, t in given.items()}
-            expected = naive.selective_scan(**part, reverse=reverse).y
-            yield {
-                "what": f"{sizes.huge:,} tokens, {'reverse' if reverse else 'forward'}, to {end:,}",
-                "relative error": relative_error(
-                    y[:, start:end], expected[:, start - first : end - first]
-                ),
-            }
+    """Windows of a scan whose offsets pass 2^32."""
+    short = {"warm": 100, "window": 20} if sizes.huge < 10_000 else {}
+    for check in selftest.check_offsets(device, sizes.huge, **short):
+        yield {"what": check.name, "relative error": check.error}
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -17,6 +17,10 @@ from gigavim.errors import GigavimError
 COMMANDS = {
     "batch": ("gigavim.cli.batch", "Run an archive of slides through a recipe, resumably."),
     "convert": ("gigavim.cli.convert", "Convert embedding stores to other tools' formats."),
+    "doctor": (
+        "gigavim.cli.doctor",
+        "Say what will run on this machine, and check that it is right.",
+    ),
     "embed": ("gigavim.cli.embed", "Embed slides into stores that other tools are fed from."),
     "evaluate": ("gigavim.cli.evaluate", "Score a model on labelled pictures."),
     "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
