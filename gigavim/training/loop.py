@@ -27,6 +27,10 @@ Names = tuple[str, ...]
 Forward = Callable[[Tensor, int, Generator | None], Tensor]
 """Logits (B, classes, H, W) of normalised images (B, 3, H, W), of every n-th layer only; the
 generator draws what is left out at random."""
+Batch = tuple[Tensor, Tensor]
+"""Canvases (B, 3, H, W) float32, normalised, and labels (B, H, W) int64."""
+Objective = Callable[[Batch, int, Generator | None], Tensor]
+"""The loss of a batch, of every n-th layer only, with a generator for what is random in it."""
 
 
 @dataclass
@@ -129,29 +133,30 @@ def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
     return forward
 
 
-def loss_of(
-    forward: Forward,
-    batch: tuple[Tensor, Tensor],
-    recipe: Recipe,
-    *,
-    every: int = 1,
-    generator: Generator | None = None,
-) -> Tensor:
-    """The loss of a batch of canvases (B, 3, H, W) with labels (B, H, W) int64."""
-    images, labels = batch
-    half = images.device.type == "cuda"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-        logits = forward(images, every, generator)
-    weights = torch.tensor(recipe.loss.class_weights, device=images.device)
+def segmentation(forward: Forward, recipe: Recipe) -> Objective:
+    """The objective of a recipe: its loss of the logits of canvases against their labels."""
     dice_classes = [recipe.class_names.index(name) for name in recipe.loss.dice_classes]
-    return segmentation_loss(logits.float(), labels, weights, dice_classes)
+
+    def objective(batch: Batch, every: int, generator: Generator | None) -> Tensor:
+        images, labels = batch
+        with half_products(images.device):
+            logits = forward(images, every, generator)
+        weights = torch.tensor(recipe.loss.class_weights, device=images.device)
+        return segmentation_loss(logits.float(), labels, weights, dice_classes)
+
+    return objective
+
+
+def half_products(device: torch.device) -> torch.autocast:
+    """Let matrix products be bfloat16 on GPUs; the stream and the scan's sums stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def train(
     model: nn.Module,
     canvases: Canvases,
     progress: Progress,
-    forward: Forward,
+    objective: Objective,
     *,
     on_step: Callable[[Progress, float, int], bool] | None = None,
     ranks: Ranks | None = None,
@@ -175,7 +180,7 @@ def train(
     durations: list[float] = []
 
     def work(worker: int) -> Worked:
-        return _work(forward, canvases, progress, parameters, worker + 64 * ranks.rank)
+        return _work(objective, canvases, progress, parameters, worker + 64 * ranks.rank)
 
     with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
         while progress.step < progress.steps:
@@ -210,7 +215,7 @@ def _prepare_thread() -> None:
 
 
 def _work(
-    forward: Forward,
+    objective: Objective,
     canvases: Canvases,
     progress: Progress,
     parameters: Sequence[nn.Parameter],
@@ -224,8 +229,7 @@ def _work(
     blocks = schedule.canvas_blocks(progress.step, plan)
     shape = canvas_shape(blocks, plan)
     batch = canvases.draw(shape, max(1, recipe.schedule.batch_blocks // blocks), generator)
-    every = schedule.every(progress.step)
-    loss = loss_of(forward, batch, recipe, every=every, generator=generator)
+    loss = objective(batch, schedule.every(progress.step), generator)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     pixels = batch[1].numel()
     return Worked(loss.item(), pixels, pixels // recipe.model.encoder.stride_px**2, grads)

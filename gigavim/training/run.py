@@ -130,7 +130,7 @@ class Run:
             self.model,
             self.canvases,
             self.progress,
-            loop.vim_forward(self.model, self.recipe),
+            loop.segmentation(loop.vim_forward(self.model, self.recipe), self.recipe),
             on_step=self._on_step,
             ranks=self.ranks,
         )

@@ -23,6 +23,10 @@ def changed(canvases, **schedule):
     return Canvases(canvases.atlas, recipe.model_copy(update={"schedule": section}))
 
 
+def objective(model, recipe):
+    return loop.segmentation(loop.vim_forward(model, recipe), recipe)
+
+
 def trained(canvases, on_step=None, model=None, progress=None):
     model = model or new_model(canvases.recipe)
     progress = progress or loop.start(model, canvases.recipe)
@@ -32,8 +36,7 @@ def trained(canvases, on_step=None, model=None, progress=None):
         losses.append(loss)
         return on_step is not None and on_step(progress)
 
-    forward = loop.vim_forward(model, canvases.recipe)
-    loop.train(model, canvases, progress, forward, on_step=note)
+    loop.train(model, canvases, progress, objective(model, canvases.recipe), on_step=note)
     return model, progress, losses
 
 
@@ -52,7 +55,7 @@ def test_training_lowers_the_loss_and_repeats(canvases, workers):
     batch = canvases.draw((2, 2), 2, torch.Generator().manual_seed(99))
     with torch.no_grad():
         before, after = (
-            loop.loss_of(loop.vim_forward(model, canvases.recipe), batch, canvases.recipe).item()
+            objective(model, canvases.recipe)(batch, 1, None).item()
             for model in (new_model(canvases.recipe), first)
         )
     assert after < before
@@ -99,7 +102,7 @@ def test_recomputing_changes_nothing(canvases):
         recipe = changed(canvases, recompute_tokens=tokens, drop_path=0.5).recipe
         model = new_model(recipe)
         generator = torch.Generator().manual_seed(1)
-        loop.loss_of(loop.vim_forward(model, recipe), batch, recipe, generator=generator).backward()
+        objective(model, recipe)(batch, 1, generator).backward()
         grads.append([p.grad for p in model.parameters()])
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
