@@ -167,7 +167,10 @@ def write_pack(target: Path, pictures: Iterator[Picture], recipe: Recipe) -> int
 
 
 def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
-    """Read what `write_pack` wrote; raises `SettingsError` where it is not of this recipe."""
+    """Read what `write_pack` wrote, classes matched by name.
+
+    Raises `SettingsError` where it is no such file, or has a class that the recipe has not.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
@@ -175,10 +178,14 @@ def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
             labels = _parts(file["labels"], file["label_bytes"])
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"{path}: not a packed file ({error})") from error
-    if tuple(about["classes"]) != recipe.class_names:
-        raise SettingsError(f"{path}: packed for the classes {', '.join(about['classes'])}")
+    unknown = sorted(set(about["classes"]) - set(recipe.class_names))
+    if unknown:
+        raise SettingsError(f"{path}: has classes that the recipe has not: {', '.join(unknown)}")
+    values = np.full(256, IGNORED, np.uint8)
+    for value, name in enumerate(about["classes"]):
+        values[value] = recipe.class_names.index(name)
     return [
-        Picture(_decoded(image), _decoded(label), group, name, mpp)
+        Picture(_decoded(image), values[_decoded(label)], group, name, mpp)
         for (name, group, mpp), image, label in zip(about["pictures"], images, labels, strict=True)
     ]
 

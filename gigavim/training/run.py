@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gigavim.errors import SettingsError
+from gigavim.engine.devices import resolve_device
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.heads import SegmentationModel
@@ -309,12 +309,8 @@ def fast_products(device: torch.device, *, workers: int) -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; raises `SettingsError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"--device {name}: no CUDA device is to be seen here")
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, this process's own under torchrun."""
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
     return device
