@@ -311,6 +311,6 @@ def fast_products(device: torch.device, *, workers: int) -> Iterator[None]:
 def pick_device(name: str) -> torch.device:
     """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, this process's own under torchrun."""
     device = resolve_device(name)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+    if device.type == "cuda" and ":" not in name and "LOCAL_RANK" in os.environ:
         return torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
     return device
