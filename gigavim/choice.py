@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gigavim.config import ModelSettings
 from gigavim.errors import ModelError
+from gigavim.frames import length_text
 from gigavim.model.card import ModelCard
 from gigavim.model.checkpoint import list_models, load_model
 
@@ -74,11 +75,12 @@ def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> floa
     # A finer scan is brought to the model's resolution; a coarser one lacks the detail.
     if own > coarsest * 1.05 or not finest * 0.95 <= wanted <= coarsest * 1.05:
         seen, origin = (own, slide.mpp.source) if own > coarsest * 1.05 else (wanted, "model.mpp")
+        trained = f"{length_text(finest)} to {length_text(coarsest)}"
         raise ModelError(
-            f"{slide.path}: {card.name} was trained for {finest:g} to {coarsest:g} um per pixel,"
-            f" this would be {seen:.4g} (from {origin}). Choose another --model, correct the file's"
-            " resolution with --slide-mpp, leave out --mpp and --mag, or insist with"
-            " --allow-mpp-mismatch."
+            f"{slide.path}: {card.name} was trained for {trained} per pixel, this would be "
+            f"{length_text(seen)} (from {origin}). Choose another --model, correct the file's "
+            "resolution with --slide-mpp, leave out --mpp and --mag, or insist with "
+            "--allow-mpp-mismatch."
         )
     return wanted
 
