@@ -19,10 +19,12 @@ from gigavim.training.encode import encode
 from gigavim.training.losses import segmentation_loss
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
-from gigavim.training.schedule import MEASURED_STEPS, Schedule, canvas_shape, planned_steps
+from gigavim.training.schedule import Pace, Schedule, canvas_shape
 
 log = logging.getLogger(__name__)
 
+PLAN_EVERY = 60
+"""Steps between two plans of a training that has minutes, not steps."""
 Names = tuple[str, ...]
 Forward = Callable[[Tensor, int, Generator | None], Tensor]
 """Logits (B, classes, H, W) of normalised images (B, 3, H, W), of every n-th layer only; the
@@ -58,6 +60,8 @@ class Worked:
     """What one worker found for one batch."""
 
     loss: float
+    blocks: int
+    """Of each canvas."""
     pixels: int
     tokens: int
     grads: tuple[Tensor, ...]
@@ -175,9 +179,9 @@ def train(
     recipe, schedule = canvases.recipe, canvases.recipe.schedule
     ranks = ranks or Ranks(canvases.atlas.device)
     names, parameters = zip(*model.named_parameters(), strict=True)
+    pace = Pace(schedule)
     if schedule.max_minutes is not None and progress.step == 0:
         progress.steps = 1_000_000_000  # until the speed is known
-    durations: list[float] = []
 
     def work(worker: int) -> Worked:
         return _work(objective, canvases, progress, parameters, worker + 64 * ranks.rank)
@@ -191,23 +195,26 @@ def train(
                 results = list(pool.map(work, range(schedule.workers)))
             loss = _apply(model, progress, recipe, names, parameters, results, ranks)
             progress.step += 1
-            durations.append(time.monotonic() - began)
-            progress.seconds += durations[-1]
-            if schedule.max_minutes is not None and progress.step == MEASURED_STEPS[1]:
-                recent = sorted(durations[-(MEASURED_STEPS[1] - MEASURED_STEPS[0]) :])
-                mean = ranks.agree(sum(recent) / len(recent))
-                spent = ranks.agree(progress.seconds)
-                progress.steps = planned_steps(schedule, progress.step, spent, mean)
-                log.info("%.3f s a step: %d steps are planned", mean, progress.steps)
-            tokens = sum(r.tokens for r in results)
-            if on_step is not None and on_step(progress, loss, tokens):
+            duration = time.monotonic() - began
+            progress.seconds += duration
+            pace.note(results[0].blocks, duration)
+            if schedule.max_minutes is not None:
+                _plan(progress, pace, 60 * schedule.max_minutes, ranks)
+            if on_step is not None and on_step(progress, loss, sum(r.tokens for r in results)):
                 break
-            overdue = schedule.max_minutes is not None and (
-                ranks.agree(progress.seconds) > 60 * schedule.max_minutes
-            )
-            if overdue and progress.step < progress.steps:
-                log.warning("time is up at step %d of %d", progress.step, progress.steps)
-                break
+
+
+def _plan(progress: Progress, pace: Pace, seconds: float, ranks: Ranks) -> None:
+    """Set the number of steps so that the training ends with its time; again and again, as
+    canvases grow, but not in its last tenth, where the rate has to come down steadily."""
+    spent = ranks.agree(progress.seconds)
+    if spent > seconds:
+        progress.steps = progress.step
+    elif pace.is_known and progress.step % PLAN_EVERY == 0 and progress.step < 0.9 * progress.steps:
+        late = progress.step > progress.steps / 2
+        planned = pace.steps(progress.step, 0.97 * seconds - spent, late=late)
+        progress.steps = round(ranks.agree(planned))
+        log.info("%d steps are planned", progress.steps)
 
 
 def _prepare_thread() -> None:
@@ -232,7 +239,7 @@ def _work(
     loss = objective(batch, schedule.every(progress.step), generator)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     pixels = batch[1].numel()
-    return Worked(loss.item(), pixels, pixels // recipe.model.encoder.stride_px**2, grads)
+    return Worked(loss.item(), blocks, pixels, pixels // recipe.model.encoder.stride_px**2, grads)
 
 
 def _apply(

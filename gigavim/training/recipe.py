@@ -136,7 +136,7 @@ class ScheduleRecipe(_Section):
 
     steps: Count = 4000
     max_minutes: Positive | None = None
-    """If given, `steps` is set after a short measurement so that the whole run takes this long."""
+    """If given, `steps` is set by the speed, so that the training takes this long."""
     batch_blocks: Count = 64
     """Blocks of tokens in a step, except where one canvas is larger."""
     largest_blocks: Count = 64

@@ -122,6 +122,7 @@ class Run:
             self.progress = loop.start(self.model, recipe)
         self.logs = Logs(folder, self.progress.step) if ranks.rank == 0 else None
         self.losses: list[float] = []
+        self.validated = -1
         self.tokens, self.since, self.saved = 0, time.monotonic(), time.monotonic()
 
     def train(self) -> Result:
@@ -138,7 +139,7 @@ class Run:
         if self.ranks.rank:
             return Result(self.folder / "model", {}, self.progress.step, self.progress.steps)
         loop.save(self.checkpoint, self.model, self.progress)
-        if not self.progress.best:
+        if self.validated != self.progress.step:  # time was up between two validations
             self._validate()
         return self._finish()
 
@@ -187,6 +188,7 @@ class Run:
 
     def _validate(self) -> None:
         progress = self.progress
+        self.validated = progress.step
         self.shadow.load_state_dict(progress.average)
         scores = self._scores(half=self.device.type == "cuda")
         value = score.monitored(scores, self.recipe.loss.monitor)
@@ -254,7 +256,7 @@ class Run:
         recipe, progress = self.recipe, self.progress
         held_out = ", ".join(recipe.split.validation_groups)
         record = TrainingRecord(
-            script=f"gigavim train {recipe.model.name} --steps {progress.steps}",
+            script=_command(recipe, progress),
             data=recipe.data.source,
             data_licence=recipe.data.licence,
             split=(
@@ -286,6 +288,13 @@ class Run:
                 f"products (float32 state and stream) change {recipe.loss.monitor} by {change:+.4f}"
             ),
         )
+
+
+def _command(recipe: Recipe, progress: loop.Progress) -> str:
+    minutes = recipe.schedule.max_minutes
+    if minutes is None:
+        return f"gigavim train {recipe.model.name} --steps {progress.step}"
+    return f"gigavim train {recipe.model.name} --max-minutes {minutes:g} ({progress.step} steps)"
 
 
 def _hardware(device: torch.device, ranks: int) -> str:
