@@ -169,7 +169,8 @@ def train(row: Row, atlas: Atlas) -> tuple[nn.Module, loop.Progress, int]:
         return False
 
     progress = loop.start(model, row.recipe)
-    loop.train(model.train(), canvases, progress, forward, on_step=count)
+    objective = loop.segmentation(forward, row.recipe)
+    loop.train(model.train(), canvases, progress, objective, on_step=count)
     model.load_state_dict(progress.average)
     return model.eval(), progress, pixels
 

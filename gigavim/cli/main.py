@@ -27,6 +27,7 @@ COMMANDS = {
     "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
     "segment": ("gigavim.cli.segment", "Segment slides and write maps that other tools open."),
     "status": ("gigavim.cli.status", "Say how a batch stands: done, running, failed and why."),
+    "pretrain": ("gigavim.cli.pretrain", "Train an encoder on pictures without labels."),
     "train": ("gigavim.cli.train", "Train a segmentation model by a recipe."),
 }
 

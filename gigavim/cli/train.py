@@ -62,7 +62,7 @@ def command(
 
     found = load_recipe(recipe, steps=steps, max_minutes=max_minutes, seed=seed, workers=workers)
     if not options.is_quiet():
-        _talk()
+        talk()
     if pack is not None:
         from gigavim.training.pack import read_pictures, write_pack
 
@@ -82,7 +82,7 @@ def command(
         click.echo(f"{result.model}: {found.loss.monitor} {value:.4f} on held-out groups")
 
 
-def _talk() -> None:
+def talk() -> None:
     """Show what the training logs, with the time."""
     logger = logging.getLogger("gigavim.training")
     handler = logging.StreamHandler()

@@ -161,8 +161,7 @@ def _triton_operators() -> Operators:
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
         dt_bias: Tensor, *, reverse: bool,
     ) -> Tensor:  # fmt: skip
-        # B and C are read one number at a time by the scan: converting them once is cheaper.
-        return ops.selective_scan(x, dt, A, B.float(), C.float(), D, z, dt_bias, reverse=reverse).y
+        return ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse=reverse).y
 
     return Operators(conv_adjoint.causal_conv, scan)
 

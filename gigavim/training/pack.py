@@ -41,8 +41,8 @@ class Picture:
     """Micrometres per pixel."""
 
 
-def read_pictures(root: Path, recipe: Recipe) -> Iterator[Picture]:
-    """Find the pictures of a recipe below a folder, with labels by its rules.
+def read_pictures(root: Path, recipe: Recipe, *, labelled: bool = True) -> Iterator[Picture]:
+    """Find the pictures of a recipe below a folder, with labels by its rules, or without any.
 
     Raises:
         SettingsError: there are none, one has no mask or no group, or sizes differ.
@@ -64,7 +64,7 @@ def read_pictures(root: Path, recipe: Recipe) -> Iterator[Picture]:
         if group is None:
             log.warning("%s is of no group of the recipe: left out", members[0])
             continue
-        image, labels, mpp = _scene(members, recipe)
+        image, labels, mpp = _scene(members, recipe, labelled=labelled)
         mpp = data.mpp_of.get(match[1], mpp)
         name = members[0].relative_to(root).as_posix()
         yield shrink(Picture(image, labels, group, name, mpp), data.pack_mpp)
@@ -167,7 +167,10 @@ def write_pack(target: Path, pictures: Iterator[Picture], recipe: Recipe) -> int
 
 
 def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
-    """Read what `write_pack` wrote; raises `SettingsError` where it is not of this recipe."""
+    """Read what `write_pack` wrote, classes matched by name.
+
+    Raises `SettingsError` where it is no such file, or has a class that the recipe has not.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
@@ -175,10 +178,14 @@ def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
             labels = _parts(file["labels"], file["label_bytes"])
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"{path}: not a packed file ({error})") from error
-    if tuple(about["classes"]) != recipe.class_names:
-        raise SettingsError(f"{path}: packed for the classes {', '.join(about['classes'])}")
+    unknown = sorted(set(about["classes"]) - set(recipe.class_names))
+    if unknown:
+        raise SettingsError(f"{path}: has classes that the recipe has not: {', '.join(unknown)}")
+    values = np.full(256, IGNORED, np.uint8)
+    for value, name in enumerate(about["classes"]):
+        values[value] = recipe.class_names.index(name)
     return [
-        Picture(_decoded(image), _decoded(label), group, name, mpp)
+        Picture(_decoded(image), values[_decoded(label)], group, name, mpp)
         for (name, group, mpp), image, label in zip(about["pictures"], images, labels, strict=True)
     ]
 
@@ -217,9 +224,11 @@ def _natural(path: Path) -> tuple[str, int, str]:
     return path.parent.as_posix(), int(digits[1]) if digits else 0, path.name
 
 
-def _scene(paths: list[Path], recipe: Recipe) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
+def _scene(
+    paths: list[Path], recipe: Recipe, *, labelled: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
     """Pixels, labels and resolution of a picture, or of the parts of one stitched."""
-    read = [_labelled(path, recipe) for path in paths]
+    read = [_read(path, recipe, labelled=labelled) for path in paths]
     if len(read) == 1:
         return read[0]
     cols = recipe.data.stitch_cols
@@ -234,13 +243,17 @@ def _scene(paths: list[Path], recipe: Recipe) -> tuple[NDArray[np.uint8], NDArra
     return image, labels, read[0][2]
 
 
-def _labelled(path: Path, recipe: Recipe) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
-    mask_path = _mask_of(path, recipe.data.masks)
+def _read(
+    path: Path, recipe: Recipe, *, labelled: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
     is_slide = path.suffix.lower() not in PICTURES
     if is_slide:
         image, mpp = slides.read_slide(path, recipe)
     else:
         image, mpp = np.asarray(_open(path).convert("RGB")), recipe.data.mpp
+    if not labelled:
+        return image, np.full(image.shape[:2], IGNORED, np.uint8), mpp
+    mask_path = _mask_of(path, recipe.data.masks)
     if mask_path.suffix == ".geojson":
         return image, slides.draw_annotations(mask_path, path, image.shape[:2], recipe), mpp
     shown = _open(mask_path)

@@ -43,6 +43,7 @@ class ModelRecipe(_Section):
     """Micrometres per pixel at which the model works."""
     mpp_range: Range
     illumination: Literal["brightfield", "any"] = "any"
+    """How the pictures are lit, where that matters for use."""
     mean: tuple[Share, ...]
     std: tuple[Positive, ...]
     tied_rates: bool = False
@@ -135,7 +136,7 @@ class ScheduleRecipe(_Section):
 
     steps: Count = 4000
     max_minutes: Positive | None = None
-    """If given, `steps` is set after a short measurement so that the whole run takes this long."""
+    """If given, `steps` is set by the speed, so that the training takes this long."""
     batch_blocks: Count = 64
     """Blocks of tokens in a step, except where one canvas is larger."""
     largest_blocks: Count = 64
@@ -198,6 +199,7 @@ class Recipe(_Section):
     format: Literal["gigavim-recipe/1"]
     model: ModelRecipe
     classes: Annotated[tuple[ClassRecipe, ...], Field(min_length=2, max_length=200)]
+    """In order of label value. The first is also what maps show where nothing was looked at."""
     data: DataRecipe
     split: SplitRecipe
     schedule: ScheduleRecipe = ScheduleRecipe()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gigavim.errors import SettingsError
+from gigavim.engine.devices import resolve_device
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.heads import SegmentationModel
@@ -122,6 +122,7 @@ class Run:
             self.progress = loop.start(self.model, recipe)
         self.logs = Logs(folder, self.progress.step) if ranks.rank == 0 else None
         self.losses: list[float] = []
+        self.validated = -1
         self.tokens, self.since, self.saved = 0, time.monotonic(), time.monotonic()
 
     def train(self) -> Result:
@@ -130,7 +131,7 @@ class Run:
             self.model,
             self.canvases,
             self.progress,
-            loop.vim_forward(self.model, self.recipe),
+            loop.segmentation(loop.vim_forward(self.model, self.recipe), self.recipe),
             on_step=self._on_step,
             ranks=self.ranks,
         )
@@ -138,7 +139,7 @@ class Run:
         if self.ranks.rank:
             return Result(self.folder / "model", {}, self.progress.step, self.progress.steps)
         loop.save(self.checkpoint, self.model, self.progress)
-        if not self.progress.best:
+        if self.validated != self.progress.step:  # time was up between two validations
             self._validate()
         return self._finish()
 
@@ -187,6 +188,7 @@ class Run:
 
     def _validate(self) -> None:
         progress = self.progress
+        self.validated = progress.step
         self.shadow.load_state_dict(progress.average)
         scores = self._scores(half=self.device.type == "cuda")
         value = score.monitored(scores, self.recipe.loss.monitor)
@@ -254,7 +256,7 @@ class Run:
         recipe, progress = self.recipe, self.progress
         held_out = ", ".join(recipe.split.validation_groups)
         record = TrainingRecord(
-            script=f"gigavim train {recipe.model.name} --steps {progress.steps}",
+            script=_command(recipe, progress),
             data=recipe.data.source,
             data_licence=recipe.data.licence,
             split=(
@@ -288,6 +290,13 @@ class Run:
         )
 
 
+def _command(recipe: Recipe, progress: loop.Progress) -> str:
+    minutes = recipe.schedule.max_minutes
+    if minutes is None:
+        return f"gigavim train {recipe.model.name} --steps {progress.step}"
+    return f"gigavim train {recipe.model.name} --max-minutes {minutes:g} ({progress.step} steps)"
+
+
 def _hardware(device: torch.device, ranks: int) -> str:
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
@@ -309,12 +318,8 @@ def fast_products(device: torch.device, *, workers: int) -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; raises `SettingsError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"--device {name}: no CUDA device is to be seen here")
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, this process's own under torchrun."""
+    device = resolve_device(name)
+    if device.type == "cuda" and ":" not in name and "LOCAL_RANK" in os.environ:
+        return torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
     return device

@@ -158,6 +158,12 @@ def mean_iou(counts: Tensor) -> float:
     return sum(iou(counts, i) for i in there) / max(1, len(there))
 
 
+def mean_dice(counts: Tensor) -> float:
+    """The mean Dice of the classes that are there."""
+    there = [i for i in range(len(counts)) if int(counts[i].sum())]
+    return sum(dice(counts, i) for i in there) / max(1, len(there))
+
+
 def summary(
     counts: Sequence[Tensor], shown: Sequence[Shown], names: Sequence[str]
 ) -> dict[str, float]:
