@@ -162,7 +162,12 @@ def unite(pieces: list[shapely.Polygon], tile_px: int) -> shapely.Polygon:
 
 def canonical(polygons: np.ndarray) -> np.ndarray:
     """(n,) polygons in the form that depends on nothing but their shape (`polygons.Regions`)."""
-    return np.asarray(shapely.reverse(shapely.normalize(drop_collinear(polygons))))
+    return normal(drop_collinear(polygons))
+
+
+def normal(polygons: np.ndarray) -> np.ndarray:
+    """(n,) polygons, whose vertices are corners only, in that form."""
+    return np.asarray(shapely.reverse(shapely.normalize(polygons)))
 
 
 def drop_collinear(polygons: np.ndarray) -> np.ndarray:
