@@ -59,18 +59,26 @@ def strip(kind: str, y0: int, height: int, width: int, random: np.random.Generat
     return labels
 
 
+def make(kind: str, side: int, folder: Path) -> None:
+    """Write a map into a label store."""
+    random = np.random.default_rng(0)
+    labels = LabelStore.create(
+        folder / "map", height=side, width=side, cell_px=16, cells_hw=(-(-side // 16),) * 2,
+        lasting=True,
+    )  # fmt: skip
+    for y in range(0, side, 256):
+        labels.write_rows(y, strip(kind, y, min(256, side - y), side, random))
+
+
 def measure(kind: str, side: int) -> dict[str, float | str]:
     """Write one map as GeoJSON in this process."""
     import resource
 
     with tempfile.TemporaryDirectory() as folder:
-        random = np.random.default_rng(0)
-        labels = LabelStore.create(
-            Path(folder) / "map", height=side, width=side, cell_px=16,
-            cells_hw=(-(-side // 16),) * 2,
-        )  # fmt: skip
-        for y in range(0, side, 256):
-            labels.write_rows(y, strip(kind, y, min(256, side - y), side, random))
+        # In a process of its own, whose memory does not count.
+        command = [sys.executable, "-m", "benchmarks.polygons", "--make", folder, "--only", kind]
+        subprocess.run([*command, "--side", str(side)], check=True)
+        labels = LabelStore(Path(folder) / "map")
         frame = MapFrame(side, side, 0.0, 0.0, 1.0, 1.0, 0.5, 0.5)
         warm = LabelStore.create(
             Path(folder) / "warm", height=64, width=64, cell_px=16, cells_hw=(4, 4)
@@ -99,8 +107,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=SIDE_PX)
     parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.make:
+        make(options.only, options.side, options.make)
+        return
     if options.only:
         print(json.dumps(measure(options.only, options.side)))
         return

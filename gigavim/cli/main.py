@@ -17,8 +17,9 @@ from gigavim.errors import GigavimError
 COMMANDS = {
     "convert": ("gigavim.cli.convert", "Convert embedding stores to other tools' formats."),
     "embed": ("gigavim.cli.embed", "Embed slides into stores that other tools are fed from."),
-    "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
+    "info": ("gigavim.cli.info", "Say what a slide or an embedding store is."),
     "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
+    "verify": ("gigavim.cli.verify", "Check embedding stores against their checksums."),
     "segment": ("gigavim.cli.segment", "Segment slides and write maps that other tools open."),
 }
 

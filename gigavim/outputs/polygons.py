@@ -21,7 +21,7 @@ from gigavim.outputs.labels import LabelMap
 from gigavim.outputs.seams import Seams, TilePieces, normal
 from gigavim.outputs.trace import outlines
 
-TILE_PX = 2048
+TILE_PX = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,18 +41,16 @@ class Outlines:
 
 def outlines(values: npt.NDArray[np.uint8]) -> Outlines:
     """The regions of all values but 0 of an (h, w) image."""
-    parts, count = _components(values)
+    parts, part_values = _components(values)
     xy, ring_ends, ring_part = _rings(parts)
     order = np.argsort(ring_part, kind="stable")  # the exterior was met first
     starts = np.concatenate(([0], ring_ends))
     lengths = np.diff(starts)[order]
     ring_starts = np.concatenate(([0], np.cumsum(lengths)))
     gather = np.repeat(starts[:-1][order] - ring_starts[:-1], lengths) + np.arange(len(xy))
-    per_part = np.bincount(ring_part, minlength=count + 1)[1:]
-    found = np.zeros(count + 1, np.int64)
-    found[parts.ravel()] = values.ravel()
+    per_part = np.bincount(ring_part, minlength=len(part_values))[1:]
     return Outlines(
-        found[1:],
+        part_values[1:].astype(np.int64),
         xy[gather].astype(np.float64),
         ring_starts,
         np.concatenate(([0], np.cumsum(per_part))),
@@ -76,8 +74,11 @@ def _root(parent: Numbers, place: int) -> int:
 
 
 @_compiled
-def _components(values: npt.NDArray[np.uint8]) -> tuple[Numbers, int]:
-    """(h, w) int32 numbers of the 4-connected regions from 1 on, 0 where the value is; a count."""
+def _components(values: npt.NDArray[np.uint8]) -> tuple[Numbers, npt.NDArray[np.uint8]]:
+    """(h, w) int32 numbers of the 4-connected regions from 1 on, 0 where the value is 0.
+
+    And (regions + 1,) the value of each.
+    """
     height, width = values.shape
     parts = np.zeros((height, width), np.int32)
     parent = np.empty(height * width // 2 + width + 2, np.int32)
@@ -112,10 +113,13 @@ def _components(values: npt.NDArray[np.uint8]) -> tuple[Numbers, int]:
             number[place] = count
         else:
             number[place] = number[_root(parent, place)]
+    of_part = np.zeros(count + 1, np.uint8)
     for y in range(height):
         for x in range(width):
-            parts[y, x] = number[parts[y, x]]
-    return parts, count
+            part = number[parts[y, x]]
+            parts[y, x] = part
+            of_part[part] = values[y, x]
+    return parts, of_part
 
 
 @_compiled
