@@ -128,10 +128,7 @@ def _store_table(facts: dict[str, Any]) -> str:
         ("grid", f"{grid['rows']:,} x {grid['cols']:,} cells of {grid['patch_px']} px"),
         ("map", f"{area['width_px']:,} x {area['height_px']:,} px, {mpp}"),
         ("pooled by", ", ".join(map(str, facts["pools"])) or "nothing"),
-        (
-            "slide vector",
-            {"mean": "mean of all tokens"}.get(facts["slide_embedding"], "class tokens"),
-        ),
+        ("slide vector", {"mean": "mean of all tokens"}.get(pooling, "mean of the class tokens")),
         ("classes", ", ".join(facts["classes"])),
         ("model", f"{model.get('name')} (sha256 {str(model.get('sha256'))[:12]})"),
         ("made", f"{provenance.get('made')} by gigavim {provenance.get('gigavim')}"),
