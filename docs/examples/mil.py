@@ -18,19 +18,26 @@ from torch.utils.data import DataLoader
 from gigavim.store.dataset import Bag, EmbeddingBags, find_stores
 from gigavim.store.layout import SUFFIX
 
+BAGS_PER_STEP = 8
+
 
 class GatedAttention(nn.Module):
     """A bag of instances to one logit."""
 
-    def __init__(self, width: int, hidden: int = 64) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, hidden: int = 64) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        width = len(mean)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
         self.value, self.gate = nn.Linear(width, hidden), nn.Linear(width, hidden)
         self.score, self.out = nn.Linear(hidden, 1), nn.Linear(width, 1)
+        for layer in (self.score, self.out):  # begin as the mean of all instances
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) -> the logit, and (n,) what each instance counts."""
-        x = self.norm(features)
+        x = (features - self.mean) / self.std
         scores = self.score(self.value(x).tanh() * self.gate(x).sigmoid())[:, 0]
         weights = scores.softmax(0)
         return self.out(weights @ x)[0], weights
@@ -44,17 +51,22 @@ def loader(
     return DataLoader(bags, batch_size=None, shuffle=limit is not None)
 
 
-def train(bags: DataLoader[Bag], width: int, epochs: int) -> GatedAttention:
-    """Fit a classifier."""
-    model = GatedAttention(width)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+def train(bags: DataLoader[Bag], epochs: int) -> GatedAttention:
+    """Fit a classifier; features are standardised by those of one pass."""
+    moments = torch.stack(
+        [torch.stack((bag.features.mean(0), bag.features.square().mean(0))) for bag in bags]
+    ).mean(0)
+    mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=1e-6).sqrt()
+    model = GatedAttention(mean, std)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
     for _ in range(epochs):
-        for bag in bags:
+        for number, bag in enumerate(bags, 1):
             logit, _ = model(bag.features)
-            loss = nn.functional.binary_cross_entropy_with_logits(logit, bag.label.float())
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            nn.functional.binary_cross_entropy_with_logits(logit, bag.label.float()).backward()
+            # Bags come one by one; a step is taken for several together.
+            if number % BAGS_PER_STEP == 0 or number == len(bags):
+                optimiser.step()
+                optimiser.zero_grad()
     return model.eval()
 
 
@@ -78,8 +90,7 @@ def main(archive: Path, labels_csv: Path, pool: int, limit: int, epochs: int, se
                 if row["split"] == split]
         for split in ("train", "test")
     }  # fmt: skip
-    width = EmbeddingBags([of["train"][0][0]], pool=pool)[0].features.shape[1]
-    model = train(loader(*map(list, zip(*of["train"])), pool, limit), width, epochs)
+    model = train(loader(*map(list, zip(*of["train"])), pool, limit), epochs)
     right = 0
     with torch.inference_mode():
         for bag in loader(*map(list, zip(*of["test"])), pool, None):

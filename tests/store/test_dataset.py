@@ -30,10 +30,10 @@ def write_field(path: Path, spots: bool, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory, tiny_model):
+def archive(tmp_path_factory, make_exact_model):
     folder = tmp_path_factory.mktemp("archive")
     settings = Settings().with_flags(
-        model={"name": str(tiny_model)}, tokens={"tissue": "none"},
+        model={"name": str(make_exact_model(4, 4))}, tokens={"tissue": "none"},
         compute={"threads": 1}, output={"directory": str(folder / "stores")},
     )  # fmt: skip
     rows = ["slide,label,split"]
@@ -55,7 +55,7 @@ def test_bags_hold_the_pooled_embeddings(archive):
     assert bag.name == "s3.tif"
     assert float(bag.label) == 1
     assert np.array_equal(bag.features.numpy(), store.numpy().astype(np.float32))
-    assert np.array_equal(bag.xy_level0[0].numpy(), store.xy_level0[0] + 4)
+    assert np.array_equal(bag.xy_level0[0].numpy(), store.xy_level0[0] + 2)
     assert len(EmbeddingBags(stores, pool=1, limit=20)[0].features) == 20
     assert EmbeddingBags(stores, pool=1)[0].label.isnan()
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_bags(archive, tmp_path):
 def test_the_example_of_attention_learns(archive):
     command = [
         sys.executable, ROOT / "docs/examples/mil.py", archive / "stores", archive / "labels.csv",
-        "--pool", 1, "--epochs", 25,
+        "--pool", 1, "--epochs", 15,
     ]  # fmt: skip
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False
