@@ -57,7 +57,7 @@ def outlines(values: npt.NDArray[np.uint8]) -> Outlines:
     )
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compile without the GIL, and keep the code on disk where numba finds a place for it."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
@@ -65,7 +65,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True)(function)
 
 
-@_compiled
+@compiled
 def _root(parent: Numbers, place: int) -> int:
     while parent[place] != place:
         parent[place] = parent[parent[place]]
@@ -73,7 +73,7 @@ def _root(parent: Numbers, place: int) -> int:
     return place
 
 
-@_compiled
+@compiled
 def _components(values: npt.NDArray[np.uint8]) -> tuple[Numbers, npt.NDArray[np.uint8]]:
     """(h, w) int32 numbers of the 4-connected regions from 1 on, 0 where the value is 0.
 
@@ -122,7 +122,7 @@ def _components(values: npt.NDArray[np.uint8]) -> tuple[Numbers, npt.NDArray[np.
     return parts, of_part
 
 
-@_compiled
+@compiled
 def _rings(parts: Numbers) -> tuple[Numbers, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Corners (n, 2) int32 of all rings, (rings,) where each ends, and (rings,) its region."""
     height, width = parts.shape
