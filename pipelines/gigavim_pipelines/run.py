@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_S = 120.0
+"""Workers of this machine that do not start in that time never will."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -187,7 +190,8 @@ def _client(recipe: Recipe, options: Options) -> Iterator[tuple["Client", Recipe
         return
     plan = cluster.plan_local(recipe)
     with cluster.local_client(plan, dashboard=options.dashboard) as client:
-        yield client, cluster.within(recipe, plan), Policy(tries, wait_s)
+        policy = Policy(tries, wait_s, patience_s=_PATIENCE_S)
+        yield client, cluster.within(recipe, plan), policy
 
 
 @contextmanager

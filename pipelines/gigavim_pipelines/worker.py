@@ -1,6 +1,5 @@
 """One slide, on a worker: the task is run, watched, measured and recorded."""
 
-import asyncio
 import os
 import socket
 import threading
@@ -8,9 +7,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from gigavim_pipelines import remote
 from gigavim_pipelines.entries import Entry, is_remote
@@ -33,8 +33,8 @@ from gigavim_pipelines.record import Output, Record, record_name
 _one_slide = threading.Lock()
 _slides_done = 0
 
-_ANSWER_S = 0.05
-"""Time for a slide's answer to be on its way before its worker leaves."""
+_ANSWER_S = 0.2
+"""Time for the client to fetch a slide's answer before its worker leaves."""
 
 _NOT_FOR_INDEX = frozenset(("provenance", "plan"))
 
@@ -53,11 +53,13 @@ class Job:
     timeout_s: float = 0.0
     recycle_after: int = 0
     overwrite: bool = False
+    token: str = field(default_factory=lambda: uuid4().hex)
+    """Of this attempt."""
 
     def again(self, *, attempt: int) -> "Job":
         """The same slide's job for another attempt."""
         file = self.attempt_file.with_name(f"{self.entry.id}.{attempt}")
-        return replace(self, attempt=attempt, attempt_file=file)
+        return replace(self, attempt=attempt, attempt_file=file, token=uuid4().hex)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,10 @@ def run_slide(job: Job) -> Outcome:
     """Process a slide; errors are an answer too. Called by dask on a worker."""
     me = f"{socket.gethostname()}:{os.getpid()}"
     with _one_slide:
+        # A worker that was lost after it finished, its answer with it: dask asks for it again.
+        record = finished(job)
+        if record is not None:
+            return Outcome(record=record, worker=record.worker)
         try:
             with watched(job.attempt_file, timeout_s=job.timeout_s):
                 outcome = Outcome(record=_record(job, me), worker=me)
@@ -85,6 +91,12 @@ def run_slide(job: Job) -> Outcome:
             outcome = Outcome(failure=failure, worker=me)
         _recycle(job.recycle_after)
     return outcome
+
+
+def finished(job: Job) -> Record | None:
+    """The record of this very attempt, if it has ended well."""
+    record = Archive(job.out).record(job.entry.id)
+    return record if record is not None and record.token == job.token else None
 
 
 def _record(job: Job, me: str) -> Record:
@@ -110,6 +122,7 @@ def _record(job: Job, me: str) -> Record:
             seconds=round(time.time() - started, 3),
             peak_bytes=peak(),
             worker=me,
+            token=job.token,
             label=entry.label,
             summary={k: v for k, v in result.summary.items() if k not in _NOT_FOR_INDEX},
         )
@@ -147,17 +160,21 @@ def _output(path: Path, folder: Path) -> Output:
 
 
 def _recycle(after: int) -> None:
-    """Ask for a fresh process after some slides: libraries leak, caches grow."""
+    """End this process after some slides, for a fresh one: libraries leak, caches grow.
+
+    dask's nanny starts it anew as it does after a crash; that way no message has to arrive in time,
+    and no slide is begun meanwhile.
+    """
     from distributed import get_worker
 
     global _slides_done
     _slides_done += 1
-    worker = get_worker()
     # Without a nanny nobody would start it anew.
-    if after and _slides_done >= after and worker.nanny is not None:
-        worker.loop.add_callback(_close_soon, worker)
+    if after and _slides_done == after and get_worker().nanny is not None:
+        threading.Thread(target=_leave, name="gigavim-recycle", daemon=True).start()
 
 
-async def _close_soon(worker: Any) -> None:
-    await asyncio.sleep(_ANSWER_S)
-    await worker.close_gracefully(restart=True, reason="gigavim-recycle")
+def _leave() -> None:
+    time.sleep(_ANSWER_S)
+    _one_slide.acquire()
+    os._exit(0)

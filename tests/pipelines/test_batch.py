@@ -153,6 +153,18 @@ def test_shards_share_the_work_and_the_folder(run, faulty, make_slides, tmp_path
     assert run(*command, "--shard", "0/2").code == 2
 
 
+def test_workers_are_replaced_after_some_slides(run, faulty, make_slides, tmp_path):
+    names = [f"s{number}" for number in range(8)]
+    slides = make_slides(**dict.fromkeys(names, f"slow 0.2 {tmp_path}"))
+    result = run("batch", faulty, slides, "-o", "out", "--workers", 2, "--recycle-after", 2)
+    assert result.code == 0, result.err
+    begun = [path.name.split(".") for path in tmp_path.glob("s*.*") if path.suffix[1:].isdigit()]
+    assert sorted(name for name, _ in begun) == names
+    assert len({pid for _, pid in begun}) > 2
+    assert sorted(attempts(tmp_path / "out"))[0][2] == "done"
+    assert len(attempts(tmp_path / "out")) == 8
+
+
 def test_two_runs_at_once_in_one_folder_are_refused(run, faulty, make_slides, tmp_path):
     slides = make_slides(a=f"slow 3 {tmp_path}")
     command = [sys.executable, "-c", "from gigavim.cli.main import main; main()"]
