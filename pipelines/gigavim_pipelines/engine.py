@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distributed import CancelledError, KilledWorker
+
 from gigavim.errors import ResourceError
 from gigavim_pipelines import cluster
 from gigavim_pipelines.failures import Failure
@@ -146,17 +148,17 @@ class Engine:
         except queue.Empty:
             return
         job = self._active.pop(future)
-        if future.cancelled():
-            self._again(job)  # the scheduler was lost, with all it knew
-            return
-        error = future.exception()
-        if error is None:
-            self._judge(job, future.result())
-        elif type(error).__name__ == "KilledWorker":
+        # A result may be lost with its worker at any moment until it is here.
+        try:
+            outcome: Outcome = future.result()
+        except KilledWorker:
             self._died(job)
+        except CancelledError:
+            self._again(job)  # the scheduler was lost, with all it knew
+        except Exception as error:
+            self._tried(job, Failure("defect", f"{type(error).__name__}: {error}"), "")
         else:
-            failure = Failure("defect", f"{type(error).__name__}: {error}")
-            self._tried(job, failure, "")
+            self._judge(job, outcome)
 
     def _judge(self, job: Job, outcome: Outcome) -> None:
         if outcome.record is not None:
