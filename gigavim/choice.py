@@ -1,5 +1,6 @@
 """Which model runs on a slide, and at which resolution."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from gigavim.model.heads import SegmentationModel
     from gigavim.slides.base import Slide
 
+log = logging.getLogger(__name__)
+
 DEFAULT_SLIDE_MODEL = "histo-nuclei-nano"
 
 
@@ -24,6 +27,8 @@ class Choice:
     card: ModelCard
     mpp: float | None
     """Micrometres per pixel; None where the slide's level-0 pixels are taken as they are."""
+    warnings: tuple[str, ...] = ()
+    """Why the model may be wrong for the slide; one sentence each."""
 
 
 def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
@@ -31,7 +36,8 @@ def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
 
     A slide fits when its mpp is known and within the card's range. With `allow_mpp_mismatch` any
     slide will do: one that is finer than the model's mpp is still brought to it, any other is seen
-    pixel by pixel as it is.
+    pixel by pixel as it is. What only looks wrong, such as a dark background where the model
+    expects a bright one, is logged as a warning and kept in `Choice.warnings`.
 
     Raises:
         ModelError: no model fits, or it is not the slide's resolution or kind.
@@ -41,7 +47,11 @@ def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
     model, card = load_model(name)
     if settings.weights:
         model = load_other_weights(card, Path(settings.weights))
-    return Choice(model, card, resolution(slide, card, settings))
+    mpp = resolution(slide, card, settings)
+    warnings = _warnings(slide, card)
+    for warning in warnings:
+        log.warning("%s: %s", slide.path, warning)
+    return Choice(model, card, mpp, warnings)
 
 
 def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> float | None:
@@ -68,6 +78,17 @@ def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> floa
             " --allow-mpp-mismatch."
         )
     return wanted
+
+
+def _warnings(slide: "Slide", card: ModelCard) -> tuple[str, ...]:
+    from gigavim.tokens.illumination import has_dark_background
+
+    if card.illumination != "brightfield" or not has_dark_background(slide):
+        return ()
+    return (
+        f"looks like fluorescence (its background is dark), but {card.name} was trained on "
+        "brightfield slides: its result will mean little. Choose another --model.",
+    )
 
 
 def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":

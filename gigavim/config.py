@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gigavim.errors import SettingsError
 
-Format = Literal["ome-tiff", "geojson", "geojson.gz", "geotiff", "overlay"]
+Format = Literal[
+    "ome-tiff", "ome-zarr", "geojson", "geojson.gz", "geotiff", "gpkg", "geoparquet", "overlay",
+    "csv", "h5-trident", "h5-clam", "h5-stamp", "anndata", "spatialdata",
+]  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -57,6 +60,13 @@ class ComputeSettings(_Section):
     scratch_dir: str = ""
 
 
+class EmbeddingSettings(_Section):
+    """What an embedding store holds."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    probabilities: bool = False
+
+
 class OutputSettings(_Section):
     """What is written, and where."""
 
@@ -65,6 +75,11 @@ class OutputSettings(_Section):
     overwrite: bool = False
     max_unreadable: float = Field(0.01, ge=0, le=1)
     qupath_bounds: bool = True
+    min_area_um2: float = Field(0.0, ge=0, allow_inf_nan=False)
+    simplify_um: float = Field(0.0, ge=0, allow_inf_nan=False)
+    pool: int = Field(1, ge=1, le=1024)
+    ngff: Literal["0.4", "0.5"] = "0.4"
+    slide: str = ""
 
 
 class Settings(_Section):
@@ -74,6 +89,7 @@ class Settings(_Section):
     model: ModelSettings = ModelSettings()
     tokens: TokenSettings = TokenSettings()
     compute: ComputeSettings = ComputeSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
 
     def with_flags(self, **sections: dict[str, Any]) -> Self:

@@ -43,3 +43,7 @@ class ResourceError(GigavimError):
 
 class OutputError(GigavimError):
     """A result cannot be written."""
+
+
+class StoreError(GigavimError):
+    """An embedding store cannot be read: it is none, damaged, or of a later version."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from gigavim import __version__
 from gigavim.choice import Choice
-from gigavim.config import Settings
+from gigavim.config import OutputSettings, Settings
 from gigavim.engine.plan import Plan
 from gigavim.slides.base import Slide
 from gigavim_kernels.backends import backend_name
@@ -44,9 +44,9 @@ def provenance(slide: Slide, choice: Choice, plan: Plan, settings: Settings) -> 
         "backend": backend_name(plan.device),
         "precision": plan.precision,
         "chunk": plan.chunk,
-        # Where results are put says nothing of how they were made.
+        # Where and as what results were written is no part of how they were made.
         "settings": settings.model_dump(
-            mode="json", exclude={"output": {"directory", "overwrite"}}
+            mode="json", exclude={"output": set(OutputSettings.model_fields) - {"max_unreadable"}}
         ),
     }
 

@@ -16,10 +16,14 @@ from gigavim.errors import GigavimError
 # name -> (module, one line of help): listing the commands imports none of them.
 COMMANDS = {
     "batch": ("gigavim.cli.batch", "Run an archive of slides through a recipe, resumably."),
+    "convert": ("gigavim.cli.convert", "Convert embedding stores to other tools' formats."),
+    "embed": ("gigavim.cli.embed", "Embed slides into stores that other tools are fed from."),
+    "evaluate": ("gigavim.cli.evaluate", "Score a model on labelled pictures."),
     "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
     "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
     "segment": ("gigavim.cli.segment", "Segment slides and write maps that other tools open."),
     "status": ("gigavim.cli.status", "Say how a batch stands: done, running, failed and why."),
+    "train": ("gigavim.cli.train", "Train a segmentation model by a recipe."),
 }
 
 

@@ -1,22 +1,40 @@
-"""`gigavim models`: what can be run."""
+"""`gigavim models`: what can be run, and encoder weights from elsewhere."""
+
+from pathlib import Path
 
 import click
 
 from gigavim.cli import options
 
 
-@click.command("models")
-@click.argument("name", required=False)
-@options.as_json
-@options.verbosity
-def command(name: str | None, as_json: bool) -> None:
-    """List the shipped models, or show the card of one (a name or a model folder).
+class _Models(click.Group):
+    """A group whose first word may also be a model, or nothing: then `show` is meant."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `show` where no command is named."""
+        if not args or args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("models", cls=_Models)
+def command() -> None:
+    """List the shipped models, show the card of one, or import published encoder weights.
 
     \b
     Examples:
       gigavim models
       gigavim models histo-nuclei-nano
+      gigavim models import vim_t_midclstok_76p1acc.pth
     """
+
+
+@command.command("show")
+@click.argument("name", required=False)
+@options.as_json
+@options.verbosity
+def show(name: str | None, as_json: bool) -> None:
+    """List the shipped models, or show the card of one (a name or a model folder)."""
     from gigavim.model.checkpoint import list_models, load_card
 
     cards = list_models() if name is None else {name: load_card(name)}
@@ -32,6 +50,33 @@ def command(name: str | None, as_json: bool) -> None:
             click.echo(f"{key}\n  {card.description}\n  {card.mpp:g} um per pixel; {classes}")
         else:
             _show(card.model_dump(mode="json"), indent="")
+
+
+@command.command("import")
+@click.argument("weights", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder to write. [default: the file's name without its suffix]")  # fmt: skip
+@click.option("--ema", is_flag=True, help="Take the averaged weights (model_ema).")
+@options.verbosity
+def import_(weights: Path, output: Path | None, ema: bool) -> None:
+    """Turn encoder WEIGHTS (.pth as published, or safetensors) into safetensors with a card.
+
+    Nothing in the file is executed. A training recipe takes the folder as `encoder_weights`.
+
+    \b
+    Example:
+      gigavim models import vim_t_midclstok_76p1acc.pth -o vim-tiny
+    """
+    from gigavim.model.encoder import import_encoder
+
+    folder = output or Path(weights.stem)
+    card = import_encoder(weights, folder, ema=ema)
+    config = card.config
+    click.echo(
+        f"{folder}: Vim of {config.depth} layers x {config.d_model}, "
+        f"patches of {config.patch_px} px every {config.stride_px} px, "
+        f"positions for {config.grid_hw[0]} x {config.grid_hw[1]}, class token {config.class_token}\nlicence: {card.licence}"
+    )
 
 
 def _show(values: object, indent: str) -> None:

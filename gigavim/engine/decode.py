@@ -21,15 +21,15 @@ BATCH_TOKENS = 8192
 
 
 class Decoder(Protocol):
-    """Final norm and head of a model."""
+    """The head of a model."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Turn (n, D) float32 of the residual stream into (n, classes, patch, patch) logits."""
+        """Turn (n, D) float32 encoded tokens into (n, classes, patch, patch) logits."""
         ...
 
 
 class Gather(Protocol):
-    """Rows of the residual stream by their place among the patches of the sequence."""
+    """Encoded tokens by their place among the patches of the sequence."""
 
     def __call__(self, index: Tensor) -> Tensor:
         """(n,) int64 -> (n, D) float32."""

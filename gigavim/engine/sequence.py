@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim.engine.memory import format_bytes
@@ -113,6 +114,18 @@ class TokenSequence:
         rows = self._data.index_select(0, index.to(self.device))
         self._touch(len(rows) * max(self.width * 4, mmap.PAGESIZE))  # at worst a page each
         return rows
+
+    def means(self, index: Tensor, starts: Tensor) -> Tensor:
+        """Means of groups of rows, (groups, D); zero of an empty group.
+
+        Args:
+            index: (n,) int64 rows, group after group.
+            starts: (groups,) int64, where in `index` each group begins.
+        """
+        index, starts = index.to(self.device), starts.to(self.device)
+        means = F.embedding_bag(index, self._data, starts, mode="mean")
+        self._touch(len(index) * max(self.width * 4, mmap.PAGESIZE))  # at worst a page each
+        return means
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the system to begin reading mapped rows that are needed soon."""

@@ -50,6 +50,8 @@ class ModelCard(_Strict):
     """Micrometres per pixel at which the model works."""
     mpp_range: tuple[Positive, Positive]
     """Finest and coarsest scan, in micrometres per pixel, that it may be used on."""
+    illumination: Literal["brightfield", "any"] = "any"
+    """How the slides of its training are lit; "any" where that makes no difference."""
     mean: tuple[Fraction, ...]
     """Per channel, of pixels scaled to 0..1."""
     std: tuple[Positive, ...]

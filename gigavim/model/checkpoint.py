@@ -50,8 +50,12 @@ def load_model(name_or_path: str | Path) -> tuple["SegmentationModel", ModelCard
     return model.eval(), card
 
 
-def save_model(folder: Path, model: "SegmentationModel", card: ModelCard) -> ModelCard:
+def save_model(
+    folder: Path, model: "SegmentationModel", card: ModelCard, *, half: bool = False
+) -> ModelCard:
     """Write a model's card and weights into a folder, which is created if need be.
+
+    `half` stores float16, which loading turns into float32 again: half the size.
 
     Either file appears whole or not at all, the card last; a card never stands beside other weights
     unnoticed, as it names their SHA-256.
@@ -63,6 +67,7 @@ def save_model(folder: Path, model: "SegmentationModel", card: ModelCard) -> Mod
         ModelError: the card is not that of the model.
         OutputError: the folder cannot be written.
     """
+    import torch
     from safetensors.torch import save
 
     if model.encoder.config != card.config:
@@ -72,8 +77,9 @@ def save_model(folder: Path, model: "SegmentationModel", card: ModelCard) -> Mod
             f"{folder}: the card names {len(card.classes)} classes, "
             f"the model has {model.head.classes}"
         )
+    dtype = torch.float16 if half else torch.float32
     state = {
-        name: tensor.detach().float().cpu().contiguous()
+        name: tensor.detach().to(dtype).cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     blob = save(state, metadata={"format": "pt"})

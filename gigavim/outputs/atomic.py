@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all.
+"""Files, and folders that are one result (zarr), that appear whole or not at all.
 
 A file is written under a temporary name in its own folder, synced, and renamed at the end; several
 files that belong together are renamed together. Whatever fails on the way leaves the folder as it
@@ -67,11 +67,11 @@ def explained(path: Path) -> Iterator[None]:
 
 
 class OutputSet:
-    """Several files that appear together at the end of a `with` block, or not at all.
+    """Several files and folders that appear together at the end of a `with` block, or not at all.
 
     Args:
-        overwrite: replace files that exist; without it an existing file is an error, before any
-            work is done.
+        overwrite: replace what exists; without it an existing result is an error, before any work
+            is done. Of folders only those that are zarr hierarchies are ever replaced.
 
     Raises:
         OutputError: a file exists, or the disk refuses (full, no permission, no such folder).
@@ -84,13 +84,22 @@ class OutputSet:
 
     def path(self, path: str | Path) -> Path:
         """The temporary path to write to; it ends in the name of `path`, suffixes and all."""
-        final = Path(path).absolute()
+        return self._reserve(Path(path).absolute(), is_folder=False)
+
+    def folder(self, path: str | Path) -> Path:
+        """A temporary, empty folder that becomes `path`, named as `path` is."""
+        return self._reserve(Path(path).absolute(), is_folder=True)
+
+    def _reserve(self, final: Path, *, is_folder: bool) -> Path:
         if final not in self._temporary:
             with explained(final):
-                self._refuse_existing(final)
+                self._refuse_existing(final, is_folder=is_folder)
                 self._make_folder(final.parent)
                 temporary = final.with_name(f".partial-{uuid4().hex[:8]}-{final.name}")
-                temporary.touch(exist_ok=False)
+                if is_folder:
+                    temporary.mkdir()
+                else:
+                    temporary.touch(exist_ok=False)
             self._temporary[final] = temporary
         return self._temporary[final]
 
@@ -111,8 +120,8 @@ class OutputSet:
         if isinstance(error, OSError) and self._concerns_us(error):
             raise output_error(next(iter(self._temporary)), error) from error
 
-    def _refuse_existing(self, final: Path) -> None:
-        if final.is_dir():
+    def _refuse_existing(self, final: Path, *, is_folder: bool) -> None:
+        if final.is_dir() and not (is_folder and _is_zarr(final)):
             raise OutputError(f"{final}: is a folder; choose another output name")
         if not self._overwrite and os.path.lexists(final):
             raise OutputError(f"{final}: exists already; use --overwrite or another output folder")
@@ -130,16 +139,17 @@ class OutputSet:
         """An input that cannot be read is no error of the output: it names another file."""
         if error.filename is None:
             return bool(self._temporary) and error.errno in _FULL
-        return Path(os.fsdecode(error.filename)).absolute() in self._temporary.values()
+        named = Path(os.fsdecode(error.filename)).absolute()
+        return any(path in (named, *named.parents) for path in self._temporary.values())
 
     def _commit(self) -> None:
         for final, temporary in self._temporary.items():
             with explained(final):
-                _sync(temporary)
+                _sync_tree(temporary)
         done: list[tuple[Path, Path | None]] = []
         try:
             for final, temporary in self._temporary.items():
-                self._refuse_existing(final)
+                self._refuse_existing(final, is_folder=temporary.is_dir())
                 with explained(final):
                     done.append((final, _set_aside(final)))
                     temporary.replace(final)
@@ -149,7 +159,7 @@ class OutputSet:
             raise
         for _, backup in done:
             if backup is not None:
-                backup.unlink(missing_ok=True)
+                _remove(backup)
         for folder in {final.parent for final in self._temporary}:
             _sync(folder)
         self._made_folders.clear()
@@ -157,7 +167,7 @@ class OutputSet:
     def _clear(self) -> None:
         for temporary in self._temporary.values():
             try:
-                temporary.unlink(missing_ok=True)
+                _remove(temporary)
             except OSError as error:
                 logger.warning("%s: could not be removed: %s", temporary, error)
         for folder in reversed(self._made_folders):
@@ -181,6 +191,24 @@ def _free_bytes(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError:
         return _SCARCE_BYTES
+
+
+def _is_zarr(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("zarr.json", ".zgroup"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    for item in path.rglob("*") if path.is_dir() else ():
+        _sync(item)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -213,9 +241,9 @@ def _set_aside(final: Path) -> Path | None:
 
 def _restore(final: Path, backup: Path | None) -> None:
     try:
-        if backup is None:
-            final.unlink(missing_ok=True)
-        else:
+        if backup is None or final.is_dir():
+            _remove(final)
+        if backup is not None:
             backup.replace(final)
     except OSError as error:
         logger.warning("%s: could not be restored from %s: %s", final, backup, error)

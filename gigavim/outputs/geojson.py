@@ -24,7 +24,7 @@ from gigavim.frames import ClassSpec, MapFrame
 from gigavim.outputs.atomic import atomic_path
 from gigavim.outputs.ground import GroundTransform
 from gigavim.outputs.labels import LabelMap
-from gigavim.outputs.polygons import TILE_PX, Regions, regions
+from gigavim.outputs.polygons import KEEP_ALL, TILE_PX, PolygonOptions, Regions, regions
 
 DECIMALS_PX = 3
 DECIMALS_DEGREES = 8
@@ -40,7 +40,7 @@ def write_geojson(
     origin_xy_level0: tuple[float, float] | None = None,
     seed: str = "",
     provenance: dict[str, Any] | None = None,
-    simplify_px: float = 0.0,
+    options: PolygonOptions = KEEP_ALL,
     overwrite: bool = False,
     tile_px: int = TILE_PX,
     workers: int = 2,
@@ -64,7 +64,7 @@ def write_geojson(
         seed: makes ids differ between slides (the slide's fingerprint, say). The same seed and
             the same map give the same ids.
         provenance: written as the collection's member "gigavim", which readers ignore.
-        simplify_px: tolerance of a simplification in map pixels; 0 keeps every edge.
+        options: which regions, and how smooth.
         overwrite: replace the file if it exists.
         tile_px: side of the tiles the map is traced in; no geometry depends on it.
         workers: threads that read and trace tiles.
@@ -83,8 +83,11 @@ def write_geojson(
         if provenance is not None:
             head += b'"gigavim":' + orjson.dumps(provenance) + b","
         out.write(head + b'"features":[')
-        for batch in regions(labels, classes, tile_px=tile_px, workers=workers, done=done):
-            for feature in describe(batch, simplify_px):
+        found = regions(
+            labels, classes, options=options, tile_px=tile_px, workers=workers, done=done
+        )
+        for batch in found:
+            for feature in describe(batch, options):
                 out.write(b",\n" if count else b"\n")
                 out.write(orjson.dumps(feature, option=orjson.OPT_SERIALIZE_NUMPY))
                 count += 1
@@ -92,7 +95,7 @@ def write_geojson(
     return count
 
 
-Describer = Callable[[Regions, float], Iterator[dict[str, Any]]]
+Describer = Callable[[Regions, PolygonOptions], Iterator[dict[str, Any]]]
 
 
 def _describer(
@@ -119,10 +122,10 @@ def _qupath_describer(
     scale = np.array([frame.scale_x, frame.scale_y])
     known = math.isfinite(frame.mpp_x * frame.mpp_y)
 
-    def describe(batch: Regions, simplify_px: float) -> Iterator[dict[str, Any]]:
+    def describe(batch: Regions, options: PolygonOptions) -> Iterator[dict[str, Any]]:
         areas_um2 = shapely.area(batch.polygons) * frame.mpp_x * frame.mpp_y
-        ids = _ids(batch, classes, seed=seed)
-        polygons = _simplified(batch.polygons, simplify_px)
+        ids = region_ids(batch, classes, seed=seed)
+        polygons = options.simplified(batch.polygons)
         geometries = _geometries(polygons, lambda xy: _exact(xy * scale + shift))
         for label, area_um2, uid, geometry in zip(
             batch.labels.tolist(), areas_um2.tolist(), ids, geometries, strict=True
@@ -145,9 +148,9 @@ def _qupath_describer(
 def _ground_describer(frame: MapFrame, classes: Sequence[ClassSpec], *, seed: str) -> Describer:
     ground = GroundTransform.of(frame)
 
-    def describe(batch: Regions, simplify_px: float) -> Iterator[dict[str, Any]]:
-        ids = _ids(batch, classes, seed=seed)
-        polygons, areas_m2 = ground.to_wgs84(_simplified(batch.polygons, simplify_px))
+    def describe(batch: Regions, options: PolygonOptions) -> Iterator[dict[str, Any]]:
+        ids = region_ids(batch, classes, seed=seed)
+        polygons, areas_m2 = ground.to_wgs84(options.simplified(batch.polygons))
         geometries = _geometries(polygons, lambda xy: np.round(xy, DECIMALS_DEGREES))
         for label, area_m2, uid, geometry in zip(
             batch.labels.tolist(), areas_m2.tolist(), ids, geometries, strict=True
@@ -169,7 +172,7 @@ def _ground_describer(frame: MapFrame, classes: Sequence[ClassSpec], *, seed: st
     return describe
 
 
-def _ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> list[str]:
+def region_ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> list[str]:
     """UUIDs of regions: no two of a class begin at the same corner of a pixel."""
     _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(batch.polygons)
     corners = xy[ring_starts[polygon_starts[:-1]]].astype(np.int64).tolist()
@@ -177,12 +180,6 @@ def _ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> list[str
         str(uuid5(NAMESPACE_URL, f"gigavim:{seed}:{classes[label].name}:{x}:{y}"))
         for label, (x, y) in zip(batch.labels.tolist(), corners, strict=True)
     ]
-
-
-def _simplified(polygons: np.ndarray, tolerance_px: float) -> np.ndarray:
-    if tolerance_px <= 0:
-        return polygons
-    return np.asarray(shapely.simplify(polygons, tolerance_px, preserve_topology=True))
 
 
 def _exact(xy: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The label map while it is made: zarr arrays in a scratch folder, written and read by windows."""
+"""A label map on disk: zarr arrays, written and read by windows."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from gigavim.outputs.atomic import explained
 
 CHUNK_HW = (256, 2048)
 """Low and wide: labels arrive as strips of rows, of which a whole row of chunks is held."""
+SHARD_COLS = 1 << 16
+"""A shard is one row of chunks, so that each is written once; wider maps have several a row."""
 WINDOW_PX = 2048
 """Side of the windows in which a map is gone through; a multiple of both sides of a chunk."""
 
@@ -50,9 +52,9 @@ class LabelStore:
     and coverage that were never written are 0. Reading by several threads is safe.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, group: zarr.Group | None = None) -> None:
         self.folder = Path(folder)
-        group = zarr.open_group(self.folder, mode="r+")
+        group = group if group is not None else zarr.open_group(self.folder, mode="r+")
         self._labels = _array(group, "labels")
         self._coverage = _array(group, "coverage")
         self.cell_px: int = int(self._coverage.attrs["cell_px"])  # type: ignore[arg-type]
@@ -63,7 +65,14 @@ class LabelStore:
 
     @classmethod
     def create(
-        cls, folder: str | Path, *, height: int, width: int, cell_px: int, cells_hw: tuple[int, int]
+        cls,
+        folder: str | Path,
+        *,
+        height: int,
+        width: int,
+        cell_px: int,
+        cells_hw: tuple[int, int],
+        lasting: bool = False,
     ) -> Self:
         """A new store in `folder`, which is replaced if it holds something.
 
@@ -71,24 +80,38 @@ class LabelStore:
             height: rows of the map. width: its columns.
             cell_px: side of a coverage cell in map pixels (the stride of the tokens).
             cells_hw: (rows, columns) of coverage cells; they may reach over the map.
+            lasting: pack more densely, into few files.
 
         Raises:
             OutputError: the disk refuses.
         """
         folder = Path(folder)
         # Shuffled bits of few classes are nearly constant: lz4 then packs at memory speed.
-        codec = BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle)
+        codec = BloscCodec(
+            cname="zstd" if lasting else "lz4", clevel=5, shuffle=BloscShuffle.bitshuffle
+        )
         common: dict[str, Any] = {"dtype": "uint8", "fill_value": 0, "compressors": codec}
         with explained(folder):
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
             group = zarr.create_group(folder)
+            rows, cols = _chunks(height, width)
+            across = min(-(-width // cols) * cols, SHARD_COLS)
             group.create_array(
-                "labels", shape=(height, width), chunks=_chunks(height, width), **common
+                "labels",
+                shape=(height, width),
+                chunks=(rows, cols),
+                shards=(rows, max(across, 1)) if lasting else None,
+                dimension_names=("y", "x"),
+                **common,
             )
             coverage = group.create_array(
-                "coverage", shape=cells_hw, chunks=_chunks(*cells_hw), **common
+                "coverage",
+                shape=cells_hw,
+                chunks=_chunks(*cells_hw),
+                dimension_names=("row", "col"),
+                **common,
             )
             coverage.attrs["cell_px"] = cell_px
             return cls(folder)
@@ -187,10 +210,17 @@ def halve(source: LabelMap, folder: Path, *, offset: int) -> LabelStore:
     half = LabelStore.create(folder, height=height, width=width, cell_px=1, cells_hw=(1, 1))
     for y0, y1, x0, x1 in windows(height, width, side_px=WINDOW_PX):
         window = source.read(2 * y0, min(2 * y1, source.height), 2 * x0, min(2 * x1, source.width))
-        rows = np.minimum(np.arange(y1 - y0) * 2 + offset, window.shape[0] - 1)
-        cols = np.minimum(np.arange(x1 - x0) * 2 + offset, window.shape[1] - 1)
-        half.write(y0, x0, np.ascontiguousarray(window[np.ix_(rows, cols)]))
+        half.write(y0, x0, every_second(window, (y1 - y0, x1 - x0), offset=offset))
     return half
+
+
+def every_second(window: np.ndarray, shape_hw: tuple[int, int], *, offset: int) -> np.ndarray:
+    """(h, w) of every second label of every second row of a window, clamped to it."""
+    rows, cols = (
+        np.minimum(np.arange(side) * 2 + offset, there - 1)
+        for side, there in zip(shape_hw, window.shape)
+    )
+    return np.ascontiguousarray(window[np.ix_(rows, cols)])
 
 
 def _array(group: zarr.Group, name: str) -> "zarr.Array[Any]":

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -16,9 +16,6 @@ from gigavim.outputs.labels import WINDOW_PX, Coverage, LabelMap, LabelStore
 from gigavim.outputs.legend import add_legend
 from gigavim.outputs.polygons import is_exported, lineage
 
-if TYPE_CHECKING:
-    from gigavim.slides.base import Slide
-
 MAX_PX = 2048
 SAMPLES = 4
 """Labels looked at along each side of an overlay pixel: enough for its mixture of classes."""
@@ -28,8 +25,19 @@ and the outlines of the former."""
 UNREADABLE_RGB = (255, 0, 255)
 
 
+class Pictured(Protocol):
+    """A slide, or a store that holds its picture."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """The scanned part, in level-0 pixels."""
+
+    def thumbnail(self, max_px: int) -> np.ndarray:
+        """(h, w, 3) uint8 of the bounds, the longer side at most `max_px`."""
+
+
 def write_overlay(
-    slide: "Slide",
+    slide: Pictured,
     labels: LabelMap,
     frame: MapFrame,
     classes: Sequence[ClassSpec],
@@ -45,7 +53,7 @@ def write_overlay(
     area. What could not be read is hatched in magenta.
 
     Args:
-        slide: the open slide.
+        slide: the open slide, or its store.
         labels: its (height, width) label map; of a `LabelStore` the coverage is used too.
         frame: the map's placement on the slide.
         classes: name and colour of each label value.

@@ -5,6 +5,7 @@ map is gone through in tiles, row by row; what touches no seam between tiles is 
 rest is kept until the sweep has passed it and then united (`gigavim.outputs.seams`).
 """
 
+import math
 import threading
 import warnings
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import shapely
@@ -20,7 +21,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.features import shapes
 
 from gigavim.errors import OutputError
-from gigavim.frames import ClassSpec
+from gigavim.frames import ClassSpec, MapFrame
 from gigavim.outputs.labels import LabelMap
 from gigavim.outputs.seams import Seams, TilePieces, canonical
 
@@ -39,10 +40,55 @@ class Regions:
     at the lowest x, then y; vertices at corners only."""
 
 
+@dataclass(frozen=True, slots=True)
+class PolygonOptions:
+    """Which regions are written, and how smooth."""
+
+    min_area_px: float = 0.0
+    """Smaller regions are left out, in map pixels squared; holes do not count."""
+    simplify_px: float = 0.0
+    """Tolerance of a simplification in map pixels; 0 keeps every edge."""
+
+    @classmethod
+    def in_um(cls, frame: MapFrame, *, min_area_um2: float, simplify_um: float) -> Self:
+        """Options in micrometres on a map.
+
+        Raises:
+            OutputError: they are wanted, but the size of the map's pixels is not known.
+        """
+        pixel_um2 = frame.mpp_x * frame.mpp_y
+        if (min_area_um2 or simplify_um) and not math.isfinite(pixel_um2):
+            raise OutputError(
+                "polygons cannot be chosen by size in micrometres: the slide's resolution is not"
+                " known; give it with --slide-mpp"
+            )
+        return cls(
+            min_area_um2 / pixel_um2 if min_area_um2 else 0.0,
+            simplify_um / math.sqrt(pixel_um2) if simplify_um else 0.0,
+        )
+
+    def kept(self, batch: Regions) -> Regions:
+        """The regions that are large enough."""
+        if not self.min_area_px:
+            return batch
+        large = shapely.area(batch.polygons) >= self.min_area_px
+        return Regions(batch.labels[large], batch.polygons[large])
+
+    def simplified(self, polygons: np.ndarray) -> np.ndarray:
+        """(n,) polygons within the tolerance; topology is kept."""
+        if self.simplify_px <= 0:
+            return polygons
+        return np.asarray(shapely.simplify(polygons, self.simplify_px, preserve_topology=True))
+
+
+KEEP_ALL = PolygonOptions()
+
+
 def regions(
     labels: LabelMap,
     classes: Sequence[ClassSpec],
     *,
+    options: PolygonOptions = KEEP_ALL,
     tile_px: int = TILE_PX,
     workers: int = 2,
     done: Callable[[int], None] | None = None,
@@ -55,6 +101,7 @@ def regions(
     Args:
         labels: the label map.
         classes: what each label value means.
+        options: which regions; smoothing is the caller's (`PolygonOptions.simplified`).
         tile_px: side of the tiles; no result depends on it.
         workers: threads that read and trace tiles.
         done: called with the map pixels finished since the last call.
@@ -81,13 +128,14 @@ def regions(
 
             for tile in _ahead(pool, trace, range(0, labels.width, tile_px), depth=2 * workers):
                 for layer, pieces in zip(seams, tile, strict=True):
-                    if len(pieces.inner_labels):
-                        yield Regions(pieces.inner_labels, pieces.inner)
+                    inner = options.kept(Regions(pieces.inner_labels, pieces.inner))
+                    if len(inner.labels):
+                        yield inner
                     layer.add(pieces)
                 if done is not None:
                     done(tile[0].height * tile[0].width)
             for layer in seams:
-                ended = Regions(*layer.finish_row(last=y1 == labels.height))
+                ended = options.kept(Regions(*layer.finish_row(last=y1 == labels.height)))
                 if len(ended.labels):
                     yield ended
 

@@ -1,99 +1,197 @@
-"""All results of a slide, each by its writer."""
+"""All results of a slide, each by its writer, all from its store."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigavim.errors import OutputError
-from gigavim.frames import ClassSpec, MapFrame
-from gigavim.names import as_text
+from gigavim.config import OutputSettings
+from gigavim.outputs.areas import write_areas
+from gigavim.outputs.atomic import explained
 from gigavim.outputs.geojson import write_geojson
-from gigavim.outputs.labels import LabelStore
 from gigavim.outputs.ome_tiff import write_ome_tiff
 from gigavim.outputs.overlay import write_overlay
+from gigavim.outputs.polygons import PolygonOptions
 from gigavim.outputs.summary import summarize, write_summary
 
 if TYPE_CHECKING:
-    from gigavim.slides.base import Slide
+    from gigavim.store.reader import EmbeddingStore
+
+Paths = tuple[Path, ...]
+Writer = Callable[["EmbeddingStore", Paths, OutputSettings], Mapping[str, Any] | None]
+"""Writes a format's files; may return what the summary shall say of them."""
 
 
 def write_results(
-    paths: Mapping[str, Path],
-    slide: "Slide",
-    labels: LabelStore,
-    frame: MapFrame,
-    classes: Sequence[ClassSpec],
+    store: "EmbeddingStore",
+    files: Mapping[str, tuple[Path, ...]],
+    settings: OutputSettings,
     *,
-    qupath_bounds: bool = True,
-    facts: Mapping[str, Any],
     advance: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the wanted formats to the paths given for them; files there are replaced.
+    """Write the wanted formats; files there are replaced.
+
+    Nothing but the store is looked at, so that a later conversion gives the same bytes.
 
     Args:
-        paths: files by format: "ome-tiff", "geotiff", "geojson", "geojson.gz", "overlay",
-            "summary".
-        slide: the open slide.
-        labels: its finished label map.
-        frame: the map's placement on the slide.
-        classes: what the map's values mean.
-        qupath_bounds: polygons count from the slide's bounds, as QuPath does, not from level 0.
-        facts: what the summary says beyond the map; "provenance" goes into the other files too, and
-            "seconds" is completed by the time of each writer.
-        advance: called with 1 after each file.
+        store: the finished store of a slide.
+        files: where to write, by format (see `formats.FORMATS`).
+        settings: options of the formats.
+        advance: called with 1 after each format.
 
     Returns:
         The summary.
 
     Raises:
-        OutputError: a format is unknown, or a file cannot be written.
+        OutputError: a file cannot be written.
     """
-    provenance = facts.get("provenance")
-    counts: dict[str, int] = {}
-
-    def geojson(path: Path) -> None:
-        counts["features"] = write_geojson(
-            labels,
-            frame,
-            classes,
-            path,
-            origin_xy_level0=None if qupath_bounds else (0, 0),
-            seed=slide.fingerprint(),
-            provenance=provenance,
-            overwrite=True,
-        )
-
-    def geotiff(path: Path) -> None:
-        from gigavim.outputs.geotiff import write_geotiff
-
-        write_geotiff(labels, frame, classes, path, provenance=provenance, overwrite=True)
-
-    writers: dict[str, Callable[[Path], None]] = {
-        "ome-tiff": lambda path: write_ome_tiff(
-            labels, frame, classes, path, name=as_text(slide.path.name), overwrite=True
-        ),
-        "geotiff": geotiff,
-        "geojson": geojson,
-        "geojson.gz": geojson,
-        "overlay": lambda path: write_overlay(slide, labels, frame, classes, path, overwrite=True),
-    }
-    unknown = set(paths) - set(writers) - {"summary"}
-    if unknown:
-        raise OutputError(f"unknown format {min(unknown)!r}: choose from {', '.join(writers)}")
+    counts: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    for kind, path in paths.items():
+    for kind, paths in files.items():
         if kind == "summary":
             continue
         started = time.perf_counter()
-        writers[kind](path)
+        counts |= WRITERS[kind](store, paths, settings) or {}
         seconds[f"write {kind}"] = round(time.perf_counter() - started, 3)
         if advance is not None:
             advance(1)
-    timings = {"seconds": {**facts.get("seconds", {}), **seconds}}
-    summary = summarize(labels, frame, classes, **{**counts, **facts, **timings})
-    if "summary" in paths:
-        write_summary(summary, paths["summary"], overwrite=True)
+    summary = summary_of(store, counts=counts, seconds=seconds)
+    if "summary" in files:
+        write_summary(summary, files["summary"][0], overwrite=True)
         if advance is not None:
             advance(1)
     return summary
+
+
+def summary_of(
+    store: "EmbeddingStore",
+    *,
+    counts: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The summary of a store's slide, with what writers add to it."""
+    facts = store.info.facts
+    timings = {"seconds": {**facts.get("seconds", {}), **(seconds or {})}}
+    return summarize(
+        store.labels, store.frame, store.classes, **{**(counts or {}), **facts, **timings}
+    )
+
+
+def _geojson(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> dict[str, Any]:
+    asked = {key: getattr(settings, key) for key in ("min_area_um2", "simplify_um")}
+    changed = {key: value for key, value in asked.items() if value}
+    features = write_geojson(
+        store.labels,
+        store.frame,
+        store.classes,
+        paths[0],
+        origin_xy_level0=None if settings.qupath_bounds else (0, 0),
+        seed=store.info.slide.fingerprint,
+        provenance=store.info.provenance | changed,
+        options=PolygonOptions.in_um(store.frame, **asked),
+        overwrite=True,
+    )
+    return {"features": features}
+
+
+def _vector(store: "EmbeddingStore", paths: Paths, settings: OutputSettings, kind: str) -> None:
+    from gigavim.outputs.vector import write_geopackage, write_geoparquet
+
+    common: dict[str, Any] = {
+        "options": PolygonOptions.in_um(
+            store.frame, min_area_um2=settings.min_area_um2, simplify_um=settings.simplify_um
+        ),
+        "seed": store.info.slide.fingerprint,
+        "overwrite": True,
+    }
+    if kind == "gpkg":
+        common["made"] = str(store.info.provenance.get("made", ""))
+    write = write_geopackage if kind == "gpkg" else write_geoparquet
+    write(store.labels, store.frame, store.classes, paths[0], **common)
+
+
+def _geotiff(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> None:
+    from gigavim.outputs.geotiff import write_geotiff
+
+    write_geotiff(
+        store.labels,
+        store.frame,
+        store.classes,
+        paths[0],
+        provenance=store.info.provenance,
+        overwrite=True,
+    )
+
+
+def _ome_tiff(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> None:
+    name = store.info.slide.name
+    write_ome_tiff(store.labels, store.frame, store.classes, paths[0], name=name, overwrite=True)
+
+
+def _ome_zarr(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> None:
+    from gigavim.outputs.ome_zarr import write_ome_zarr
+    from gigavim.store.slide import open_slide_of
+
+    with open_slide_of(store, settings.slide) as slide:
+        write_ome_zarr(
+            slide,
+            store.labels,
+            store.frame,
+            store.classes,
+            paths[0],
+            name=store.info.slide.name,
+            version=settings.ngff,
+        )
+
+
+def _overlay(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> None:
+    write_overlay(store, store.labels, store.frame, store.classes, paths[0], overwrite=True)
+
+
+def _areas(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> None:
+    write_areas(
+        store.labels,
+        store.frame,
+        store.classes,
+        paths[0],
+        slide=store.info.slide.name,
+        overwrite=True,
+    )
+
+
+def _h5(store: "EmbeddingStore", paths: Paths, settings: OutputSettings, style: str) -> None:
+    from gigavim.outputs import h5
+
+    writers = {"trident": h5.write_trident, "clam": h5.write_clam, "stamp": h5.write_stamp}
+    writers[style](store, paths, pool=settings.pool)
+
+
+def _anndata(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> None:
+    table = store.to_anndata(pool=settings.pool, lazy=True)
+    with explained(paths[0]):
+        table.write_h5ad(paths[0])
+
+
+def _spatialdata(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> None:
+    from gigavim.outputs.spatial import write_spatialdata
+
+    write_spatialdata(store, paths[0], pool=settings.pool)
+
+
+WRITERS: dict[str, Writer] = {
+    "ome-tiff": _ome_tiff,
+    "ome-zarr": _ome_zarr,
+    "geotiff": _geotiff,
+    "geojson": _geojson,
+    "geojson.gz": _geojson,
+    "gpkg": partial(_vector, kind="gpkg"),
+    "geoparquet": partial(_vector, kind="geoparquet"),
+    "overlay": _overlay,
+    "csv": _areas,
+    "h5-trident": partial(_h5, style="trident"),
+    "h5-clam": partial(_h5, style="clam"),
+    "h5-stamp": partial(_h5, style="stamp"),
+    "anndata": _anndata,
+    "spatialdata": _spatialdata,
+}

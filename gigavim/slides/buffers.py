@@ -1,52 +1,72 @@
-"""Large output arrays, used again once nobody holds them.
+"""Large output arrays, whose memory is used again once nobody holds any part of them.
 
 The operating system clears fresh memory page by page, which costs a tenth of the time of decoding
-into it; a stream of blocks of one size needs only a few arrays.
+into it (under a hypervisor that takes free memory back, as much as the decoding); a stream of
+blocks of one size needs only a few arrays.
 """
 
-import sys
-import threading
+import functools
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+Array = npt.NDArray[np.uint8]
 
 SMALL_BYTES = 1 << 20
 """Below this the allocator itself reuses memory."""
 
 MAX_POOL_BYTES = 96 << 20
+"""The most memory that is kept while nobody uses it."""
 
-# A free array is referred to by the pool's list, the loop variable and getrefcount's argument.
-FREE_REFERENCES = 3
+
+class _Lease:
+    """Memory lent out: the last object that views of it refer to, so that it goes after them."""
+
+    __slots__ = ("__array_interface__", "_free", "_max_bytes", "_memory")
+
+    def __init__(self, memory: Array, shape: tuple[int, ...], pool: "BufferPool") -> None:
+        self.__array_interface__: dict[str, Any] = {**memory.__array_interface__, "shape": shape}
+        self._memory, self._free, self._max_bytes = memory, pool.free, pool.max_bytes
+
+    def __del__(self) -> None:
+        # Runs in any thread at any moment: no lock may be taken, and a list bears changes.
+        if sum(one.size for one in self._free) + self._memory.size <= self._max_bytes:
+            self._free.append(self._memory)
 
 
 class BufferPool:
-    """Gives uninitialised (height, width, 3) uint8 arrays.
-
-    Every view of an array refers to the array that owns the memory, so that a count of references
-    tells whether any part of it is still in use.
-    """
+    """Gives uninitialised (height, width, 3) uint8 arrays."""
 
     def __init__(self, max_bytes: int = MAX_POOL_BYTES) -> None:
         self.max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._owners: list[npt.NDArray[np.uint8]] = []
+        self.free: list[Array] = []
 
-    def empty(self, height: int, width: int) -> npt.NDArray[np.uint8]:
+    def empty(self, height: int, width: int) -> Array:
         """Return an array of any content."""
+        shape = (height, width, 3)
         size = height * width * 3
         if size < SMALL_BYTES or size > self.max_bytes:
-            return np.empty((height, width, 3), np.uint8)
-        with self._lock:
-            for owner in self._owners:
-                if size <= owner.size <= 2 * size and sys.getrefcount(owner) == FREE_REFERENCES:
-                    return owner[:size].reshape(height, width, 3)
-            owner = np.empty(size, np.uint8)
-            while self._owners and sum(one.size for one in self._owners) > self.max_bytes - size:
-                self._owners.pop(0)
-            self._owners.append(owner)
-            return owner.reshape(height, width, 3)
+            return np.empty(shape, np.uint8)
+        return np.asarray(_Lease(self._take(size), shape, self))
 
-    def clear(self) -> None:
-        """Let go of every array; those still in use live on with their users."""
-        with self._lock:
-            self._owners.clear()
+    def _take(self, size: int) -> Array:
+        """Return free memory of at least `size` bytes, or new memory."""
+        for _ in range(len(self.free)):
+            try:
+                memory = self.free.pop()
+            except IndexError:  # other threads took the rest
+                break
+            if size <= memory.size <= 2 * size:
+                return memory
+            self.free.insert(0, memory)
+        with suppress(IndexError):  # sizes that are no longer asked for leave one by one
+            self.free.pop()
+        return np.empty(size, np.uint8)
+
+
+@functools.cache
+def shared_pool() -> BufferPool:
+    """Return the pool of all slides of a process: the next slide starts with memory at hand."""
+    return BufferPool()

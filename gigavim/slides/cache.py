@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -35,6 +35,13 @@ class TileCache:
         with self._lock:
             entry = self._tiles.get(key)
             return entry.tile if entry is not None else None
+
+    def holds_any(self, keys: Iterable[Hashable]) -> bool:
+        """Return whether any of the tiles is here."""
+        if not self._tiles:
+            return False
+        with self._lock:
+            return any(key in self._tiles for key in keys)
 
     def get(self, key: Hashable, decode: Callable[[], Tile], use_px: int, whole_px: int) -> Tile:
         """Return the tile, decoding it if it is not here; an error of `decode` is not kept.

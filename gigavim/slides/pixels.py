@@ -74,6 +74,12 @@ class PixelRule:
     """Sample value to 8 bits, (2^n,) or, of a palette, (entries, 3)."""
     nodata: float | None = None
 
+    @property
+    def keeps_rgb(self) -> bool:
+        """Whether 8-bit samples of three bands come out as they are."""
+        plain = self.alpha_band is None and self.table is None and self.nodata is None
+        return plain and self.bands == (0, 1, 2)
+
     def apply(self, raw: Raw, background_rgb: tuple[int, int, int]) -> RGB:
         """Return (h, w, 3) uint8 of raw (h, w, bands)."""
         rgb = self._colours(raw)

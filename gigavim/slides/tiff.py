@@ -6,11 +6,10 @@ is about four times as fast as OpenSlide: nothing lies between the decoder and t
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import tifffile
@@ -20,17 +19,18 @@ from gigavim.errors import (
     SettingsError,
     SlideError,
     TileReadError,
-    UnsupportedSlideError,
 )
 from gigavim.frames import Bounds, Mpp
 from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide, level_downsample
-from gigavim.slides.buffers import BufferPool
+from gigavim.slides.buffers import shared_pool
 from gigavim.slides.cache import TileCache
 from gigavim.slides.handles import FileBytes, ThreadHandles
 from gigavim.slides.mpp import choose_mpp, from_description, from_ome, from_resolution
 from gigavim.slides.ome import pixels_attributes
 from gigavim.slides.pixels import choose_rule
-from gigavim.slides.tiff_structure import Plane, parse
+from gigavim.slides.tiff_codecs import jpeg_decoder, tile_decoder
+from gigavim.slides.tiff_rows import TileRows
+from gigavim.slides.tiff_structure import TiffLevel, parse
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class TiffSlide(Slide):
         self.tiles_decoded = 0
         self._files = ThreadHandles[FileBytes](lambda: FileBytes(path))
         self._cache = TileCache()
-        self._buffers = BufferPool()
+        self._buffers = shared_pool()
         self._tiff: tifffile.TiffFile | None = None
         try:
             self._tiff = tifffile.TiffFile(path)
@@ -81,7 +81,10 @@ class TiffSlide(Slide):
         self._structure = structure
         finest = structure.levels[0]
         self._decoders = [
-            [_decoder(plane, level.raw_dtype, structure.bands_per_plane) for plane in level.planes]
+            [
+                tile_decoder(plane, level.raw_dtype, structure.bands_per_plane)
+                for plane in level.planes
+            ]
             for level in structure.levels
         ]
         self.levels = tuple(
@@ -98,6 +101,9 @@ class TiffSlide(Slide):
         self.bounds = Bounds(0, 0, finest.width, finest.height)
         self._rule = choose_rule(path, structure.layout, options.channels, self._sample)
         page = finest.planes[0].page
+        self._rows = [
+            _whole_rows(level) if self._rule.keeps_rgb else None for level in structure.levels
+        ]
         self.mpp = choose_mpp(path, _claims(tiff, page), user=options.mpp)
         self.description = {
             "format": f"TIFF ({structure.kind})",
@@ -116,7 +122,6 @@ class TiffSlide(Slide):
         """Close the file."""
         self._files.close()
         self._cache.clear()
-        self._buffers.clear()
         if self._tiff is not None:
             self._tiff.close()
 
@@ -125,8 +130,10 @@ class TiffSlide(Slide):
         wide, high = table.segment_width, table.segment_height
         out = self._buffers.empty(height, width)
         for row in range(y // high, (y + height - 1) // high + 1):
-            for column in range(x // wide, (x + width - 1) // wide + 1):
-                left, upper = column * wide, row * high
+            upper = row * high
+            columns = range(x // wide, (x + width - 1) // wide + 1)
+            for column in self._fill_row(level, row, columns, x, y, out):
+                left = column * wide
                 right, lower = min(left + wide, table.width), min(upper + high, table.height)
                 x0, x1 = max(left, x), min(right, x + width)
                 y0, y1 = max(upper, y), min(lower, y + height)
@@ -136,6 +143,29 @@ class TiffSlide(Slide):
                     y0 - upper : y1 - upper, x0 - left : x1 - left
                 ]
         return out
+
+    def _fill_row(
+        self, level: int, row: int, columns: range, x: int, y: int, out: RGB
+    ) -> Iterable[int]:
+        """Put those tiles of a row that lie whole in `out` there at once; return the others."""
+        table, rows = self._structure.levels[level], self._rows[level]
+        wide, high = table.segment_width, table.segment_height
+        first, stop = -(-x // wide), (x + out.shape[1]) // wide
+        whole_rows = y <= row * high and (row + 1) * high <= y + out.shape[0]
+        if rows is None or not whole_rows or first >= stop:
+            return columns
+        try:
+            file = self._files.get()
+        except OSError:
+            return columns
+        indices = range(row * table.columns + first, row * table.columns + stop)
+        if self._cache.holds_any((level, index) for index in indices):
+            return columns
+        target = out[row * high - y :, first * wide - x :][:high, : (stop - first) * wide]
+        undone = rows.fill(file, indices.start, target)
+        self.tiles_decoded += len(indices) - len(undone)
+        left_over = [first + place for place in undone]
+        return [*range(columns.start, first), *left_over, *range(stop, columns.stop)]
 
     def _tile(self, level: int, index: int, use_px: int, whole_px: int) -> RGB:
         """Return a tile of whose `whole_px` pixels `use_px` are used; if not all, it stays."""
@@ -205,52 +235,14 @@ class TiffSlide(Slide):
         return np.concatenate(parts) if parts else np.empty((0, bands), dtype)
 
 
-def _decoder(
-    plane: Plane, raw_dtype: np.dtype[np.generic] | None, bands: int
-) -> Callable[[bytes, int], npt.NDArray[np.generic]]:
-    """Return what turns a segment's bytes and index into (h, w, bands)."""
-    page: Any = plane.page
-    if raw_dtype is not None:
-        width = int(page.imagewidth)
-
-        def plain(data: bytes, index: int) -> npt.NDArray[np.generic]:
-            usable = len(data) // (width * bands * raw_dtype.itemsize) * width * bands
-            samples = np.frombuffer(data, raw_dtype, usable).reshape(-1, width, bands)
-            return samples.astype(raw_dtype.newbyteorder("="), copy=False)
-
-        return plain
-    if page.compression in (33003, 33004):
-        raise UnsupportedSlideError(
-            f"{page.parent.filehandle.path}: has JPEG 2000 tiles in YCbCr; convert it to RGB"
-        )
-    if page.is_subsampled and page.compression not in (6, 7, 34892, 33007):
-        raise UnsupportedSlideError(
-            f"{page.parent.filehandle.path}: has subsampled colours without JPEG; convert it to RGB"
-        )
-    tables, header = page.jpegtables, page.jpegheader
-    colours = page.photometric in (2, 6) and page.samplesperpixel == 3 and page.planarconfig == 1
-    if page.compression == 7 and page.dtype == np.uint8 and colours and header is None:
-        # The tag, not the stream, says how colours are coded: Aperio's RGB has no marker of it.
-        colourspace, outcolourspace = tifffile.tifffile.jpeg_decode_colorspace(
-            page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
-        )
-
-        def jpeg(data: bytes, index: int) -> npt.NDArray[np.generic]:
-            decoded: npt.NDArray[np.generic] = imagecodecs.jpeg8_decode(
-                data, tables=tables, colorspace=colourspace, outcolorspace=outcolourspace
-            )
-            return decoded
-
-        return jpeg
-    decode_page = page.decode
-
-    def general(data: bytes, index: int) -> npt.NDArray[np.generic]:
-        decoded, _, _ = decode_page(
-            data, plane.first_index + index, jpegtables=tables, jpegheader=header
-        )
-        return decoded[0]  # type: ignore[no-any-return]
-
-    return general
+def _whole_rows(level: TiffLevel) -> TileRows | None:
+    """Return what decodes whole rows of a level's tiles, where they are ordinary JPEG."""
+    plane = level.planes[0]
+    decode = jpeg_decoder(plane.page)
+    if decode is None or level.raw_dtype is not None or len(level.planes) > 1:
+        return None
+    size = (level.segment_height, level.segment_width)
+    return TileRows(plane.offsets, plane.byte_counts, decode, size)
 
 
 def _claims(tiff: tifffile.TiffFile, page: Any) -> list[Mpp | None]:

@@ -1,34 +1,126 @@
-"""The encoder's forward pass for training: the model's own on a GPU, the numba scan on a CPU.
+"""The encoder's forward pass for training, on the fastest kernels that have gradients.
 
 On a CPU the decay rates of a channel's states stay tied, A_n = n A_1, as they are initialised: a
 single exponential per channel and token then serves all sixteen states.
 """
 
-from typing import cast
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gigavim.model.block import Block
 from gigavim.model.vim import Vim
-from gigavim_kernels.cpu.training import scan as cpu_scan
+from gigavim_kernels.backends import backend_name
+
+log = logging.getLogger(__name__)
+
+RANK_MULTIPLE = 8
 
 
-def encode(encoder: Vim, tokens: Tensor, *, every: int = 1) -> Tensor:
+class Operators(NamedTuple):
+    """What the mixer of a block needs, with gradients."""
+
+    conv: Callable[..., Tensor]
+    """(x, weight, bias, *, reverse) as `gigavim_kernels.naive.causal_conv`."""
+    scan: Callable[..., Tensor]
+    """(x, dt, A, B, C, D, z, dt_bias, *, reverse) to y, as `naive.selective_scan`."""
+
+
+def encode(
+    encoder: Vim,
+    tokens: Tensor,
+    *,
+    every: int = 1,
+    drop_path: float = 0.0,
+    generator: Generator | None = None,
+    recompute: bool = False,
+) -> Tensor:
     """Return what `encoder.encode` returns for sequences (B, L, D), with gradients.
 
     Args:
-        every: use every n-th layer only, for the cheap first part of a training (CPU only).
+        every: use every n-th layer only, for the cheap first part of a training.
+        drop_path: the rate at which a sequence skips the last layer; less for earlier ones.
+        generator: draws the layers that are skipped, on the device of the tokens.
+        recompute: keep only the stream before each layer, and compute the rest once more in the
+            backward pass.
     """
-    config = encoder.config
-    fits = config.d_state == 16 and config.d_conv == 4 and config.d_inner % 16 == 0
-    if tokens.device.type != "cpu" or not fits or config.bidirectional == "layer_pairs":
+    operators = training_operators(tokens.device, encoder.config.d_state, encoder.config.d_inner)
+    if encoder.config.bidirectional == "layer_pairs":
         return encoder.encode(tokens)
     stream = tokens
-    for layer in list(encoder.layers)[::every]:
-        stream = stream + _branch(cast(Block, layer), stream)
+    layers = cast(list[Block], list(encoder.layers))[::every]
+    for place, layer in enumerate(layers):
+        if recompute and torch.is_grad_enabled():
+            branch = checkpoint(_branch, layer, stream, operators, use_reentrant=False)
+        else:
+            branch = _branch(layer, stream, operators)
+        rate = drop_path * place / max(1, len(layers) - 1)
+        if rate > 0 and torch.is_grad_enabled():
+            draw = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
+            branch = branch * ((draw >= rate) / (1 - rate))
+        stream = stream + branch
     return cast(Tensor, encoder.norm_f(stream))
+
+
+@cache
+def training_operators(device: torch.device, states: int, channels: int) -> Operators | None:
+    """Choose the kernels for a device; None where only the model's own plain torch will do."""
+    if device.type == "cpu" and states == 16 and channels % 16 == 0:
+        if backend_name(device) == "numba":
+            return _numba_operators()
+    elif device.type == "cuda" and backend_name(device) == "triton":
+        operators = _triton_operators()
+        error = scan_error(operators, device, states, channels)
+        if error < 5e-3:
+            return operators
+        log.warning(
+            "the Triton scan is off by %.1e on %s: plain torch trains, ten times slower",
+            error,
+            torch.cuda.get_device_name(device),
+        )
+    return None
+
+
+def scan_error(operators: Operators, device: torch.device, states: int, channels: int) -> float:
+    """The largest relative error of outputs and gradients against plain torch, in float32."""
+    from gigavim_kernels import chunked, naive
+
+    def inputs() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        length = 300
+        rows = [torch.randn(2, length, channels, generator=generator) for _ in range(3)]
+        sides = [torch.randn(2, length, states, generator=generator) for _ in range(2)]
+        rates = -torch.rand(channels, states, generator=generator) - 0.05
+        weights = [torch.randn(channels, generator=generator) for _ in range(3)]
+        taps = torch.randn(channels, 4, generator=generator)
+        made = [rows[0], rows[1], rates, *sides, weights[0], rows[2], weights[1], taps, weights[2]]
+        return [t.to(device).requires_grad_() for t in made]
+
+    worst = 0.0
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for reverse in (False, True):
+        found, expected = inputs(), inputs()
+        y = operators.conv(found[0], *found[8:], reverse=reverse)
+        y = operators.scan(y, *found[1:8], reverse=reverse)
+        plain = naive.causal_conv(expected[0], *expected[8:], reverse=reverse)
+        plain = chunked.selective_scan(plain, *expected[1:8], reverse=reverse).y
+        torch.autograd.backward((y * y.detach().cos()).sum())
+        torch.autograd.backward((plain * plain.detach().cos()).sum())
+        pairs = [(y, plain), *((f.grad, e.grad) for f, e in zip(found, expected, strict=True))]
+        for one, other in pairs:
+            assert one is not None
+            assert other is not None
+            difference = (one.detach() - other.detach()).norm()
+            worst = max(worst, float(difference / other.detach().norm().clamp(min=1e-6)))
+    torch.set_float32_matmul_precision(precision)
+    return worst
 
 
 def tied_rate(A: Tensor) -> Tensor:
@@ -53,21 +145,52 @@ def tie_rates(encoder: Vim) -> None:
             parameter.copy_((parameter - states).mean(1, keepdim=True) + states)
 
 
-def _branch(block: Block, stream: Tensor) -> Tensor:
-    """Norm, in_proj, scans, out_proj: (B, L, D) to (B, L, D)."""
+def _numba_operators() -> Operators:
+    from gigavim_kernels.cpu.training import scan as cpu_scan
+
+    def scan(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+        dt_bias: Tensor, *, reverse: bool,
+    ) -> Tensor:  # fmt: skip
+        return cpu_scan.selective_scan(x, dt, tied_rate(A), B, C, D, z, dt_bias, reverse=reverse)
+
+    return Operators(cpu_scan.causal_conv, scan)
+
+
+def _triton_operators() -> Operators:
+    from gigavim_kernels.cuda import conv_adjoint, ops
+
+    def scan(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+        dt_bias: Tensor, *, reverse: bool,
+    ) -> Tensor:  # fmt: skip
+        # B and C are read one number at a time by the scan: converting them once is cheaper.
+        return ops.selective_scan(x, dt, A, B.float(), C.float(), D, z, dt_bias, reverse=reverse).y
+
+    return Operators(conv_adjoint.causal_conv, scan)
+
+
+def _branch(block: Block, stream: Tensor, operators: Operators | None) -> Tensor:
+    """Norm, in_proj, scans, out_proj: (B, L, D) to (B, L, D) in the stream's dtype."""
+    if operators is None:
+        return cast(Tensor, block(stream))
     mixer = block.mixer
     inner, gate = mixer.in_proj(block.norm(stream)).chunk(2, -1)  # (B, L, E) each
     outputs = []
     for direction in mixer.directions():
-        u = cpu_scan.causal_conv(
+        u = operators.conv(
             inner, direction.conv_weight, direction.conv_bias, reverse=direction.reverse_conv
         )
         rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
-        low, B, C = torch.split(F.linear(u, direction.x_proj), [rank, states, states], -1)
-        y = cpu_scan.selective_scan(
+        # Aligned to 16 bytes in bfloat16, without which matrix products are slow.
+        more = -rank % RANK_MULTIPLE
+        rows_dt, rows_bc = torch.split(direction.x_proj, [rank, 2 * states])
+        x_proj = torch.cat((F.pad(rows_dt, (0, 0, 0, more)), rows_bc)) if more else direction.x_proj
+        low, B, C = torch.split(F.linear(u, x_proj), [rank + more, states, states], -1)
+        y = operators.scan(
             u,
-            F.linear(low, direction.dt_weight),
-            tied_rate(direction.A),
+            F.linear(low, F.pad(direction.dt_weight, (0, more))),
+            direction.A,
             B,
             C,
             direction.D,
@@ -77,4 +200,5 @@ def _branch(block: Block, stream: Tensor) -> Tensor:
         )
         outputs.append(y)
     total = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
-    return cast(Tensor, mixer.out_proj(total * mixer.scale if mixer.scale != 1 else total))
+    branch: Tensor = mixer.out_proj(total * mixer.scale if mixer.scale != 1 else total)
+    return branch.to(stream.dtype)

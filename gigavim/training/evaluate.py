@@ -1,169 +1,175 @@
-"""Quality on held-out fields: per image and slide, by length of the sequence, at block borders."""
+"""A model against labelled pictures: scores, calibration, and a sheet of pictures to look at."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from gigavim.model.heads import SegmentationModel
-from gigavim.model.vim import grid_cells
-from gigavim.tokens.order import ScanOrder
-from gigavim.training.data import BACKGROUND, FIELD_PX, GLASS, NUCLEI, Fields
-from gigavim.training.encode import encode
-from gigavim.training.mosaic import MODEL_MPP
+from gigavim.model.card import ModelCard
+from gigavim.training import score
+from gigavim.training.pack import Picture
+from gigavim.training.recipe import IGNORED
 
-FIELD_MPP = 0.23
-"""The scale at which validation fields are shown, see `mosaic.FIELD_MPP_RANGE`."""
+CALIBRATION_BINS = 15
+SHEET_PX = 320
+GAP_PX = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Crop:
-    """A field at the model's resolution."""
+class Seen:
+    """One picture, what it is, and what the model says."""
 
-    image: Tensor
-    """(3, h, w) float32 in [0, 1]."""
-    labels: Tensor
-    """(h, w) int64."""
-    group: str
+    picture: Picture
+    predicted: NDArray[np.uint8]
+    """(h, w), at the picture's own resolution."""
 
 
-def crops(fields: Fields, *, field_mpp: float = FIELD_MPP) -> list[Crop]:
-    """Bring fields to the model's resolution by area."""
-    side = round(FIELD_PX * field_mpp / MODEL_MPP)
-    found = []
-    for image, label, group in zip(fields.images, fields.labels, fields.groups, strict=True):
-        pixels = image.permute(2, 0, 1)[None].float() / 255
-        pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)[0]
-        shares = F.one_hot(label.long(), 3).permute(2, 0, 1)[None].float()
-        shares = F.interpolate(shares, (side, side), mode="bilinear", antialias=True)[0]
-        found.append(Crop(pixels, shares.argmax(0), group))
-    return found
+@dataclass
+class Calibration:
+    """How often predictions of some confidence are right, pixel by pixel."""
+
+    pixels: Tensor
+    confidence: Tensor
+    """Summed, by bin."""
+    right: Tensor
+
+    @classmethod
+    def empty(cls) -> "Calibration":
+        """Nothing seen yet."""
+        return cls(*(torch.zeros(CALIBRATION_BINS, dtype=torch.float64) for _ in range(3)))
+
+    def add(self, probability: Tensor, truth: Tensor) -> None:
+        """Note probabilities (classes, h, w) and labels (h, w)."""
+        confidence, found = probability.max(0)
+        known = truth != IGNORED
+        confidence, right = confidence[known].double().cpu(), (found == truth)[known].double().cpu()
+        bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        self.pixels += torch.bincount(bins, minlength=CALIBRATION_BINS)
+        self.confidence += torch.bincount(bins, confidence, CALIBRATION_BINS)
+        self.right += torch.bincount(bins, right, CALIBRATION_BINS)
+
+    def report(self) -> dict[str, Any]:
+        """The expected calibration error (Guo et al. 2017) and the bins behind it."""
+        weight = self.pixels / self.pixels.sum().clamp(min=1)
+        count = self.pixels.clamp(min=1)
+        confidence, right = self.confidence / count, self.right / count
+        return {
+            "expected_calibration_error": float((weight * (confidence - right).abs()).sum()),
+            "bins": [
+                {"pixels": int(n), "confidence": float(c), "accuracy": float(r)}
+                for n, c, r in zip(self.pixels, confidence, right, strict=True)
+            ],
+        }
 
 
-@torch.no_grad()
-def predict(
-    model: SegmentationModel,
-    image: Tensor,
-    order: ScanOrder,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    """Label an image (3, h, w) in [0, 1] in one sequence; padded to whole blocks with glass.
-
-    Returns:
-        (h, w) uint8.
-    """
-    patch = model.head.patch_px
-    side = patch * (order.block or 1)
-    height, width = image.shape[1:]
-    padded = F.pad(image, (0, -width % side, 0, -height % side), value=GLASS / 255)
-    normalised = (padded - _column(mean)) / _column(std)
-    encoded = encode(model.encoder, model.encoder.tokens(normalised[None], order=order))
-    rows, cols = (s // patch for s in padded.shape[1:])
-    labels = torch.empty(rows * cols, patch, patch, dtype=torch.uint8)
-    cells = grid_cells(rows, cols, order)
-    for start in range(0, rows * cols, 8192):
-        part = slice(start, start + 8192)
-        labels[cells[part]] = model.head(encoded[0, part]).argmax(1).to(torch.uint8)
-    grid = labels.view(rows, cols, patch, patch).transpose(1, 2).reshape(padded.shape[1:])
-    return grid[:height, :width]
-
-
-def dice(predicted: Tensor, labels: Tensor, index: int = NUCLEI) -> float:
-    """Dice of a class; one where it is neither predicted nor there."""
-    p, t = predicted == index, labels == index
-    total = int(p.sum()) + int(t.sum())
-    return 2 * int((p & t).sum()) / total if total else 1.0
-
-
-def iou(predicted: Tensor, labels: Tensor, index: int) -> float:
-    """Intersection over union of a class; one where it is neither predicted nor there."""
-    p, t = predicted == index, labels == index
-    union = int((p | t).sum())
-    return int((p & t).sum()) / union if union else 1.0
-
-
-def by_image(
-    model: SegmentationModel,
-    shown: Sequence[Crop],
-    order: ScanOrder,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> tuple[dict[str, float], list[float]]:
-    """Segment every crop by itself, about a thousand tokens each.
-
-    Returns:
-        Mean Dice of nuclei, also by slide, pooled Dice and IoU; the Dice of every crop.
-    """
-    predictions = [predict(model, crop.image, order, mean, std).long() for crop in shown]
-    scores = [dice(p, crop.labels) for p, crop in zip(predictions, shown, strict=True)]
-    result = {"nuclei_dice_per_image": float(np.mean(scores))}
-    for group in sorted({crop.group for crop in shown}):
-        own = [s for s, crop in zip(scores, shown, strict=True) if crop.group == group]
-        result[f"nuclei_dice_{group}"] = float(np.mean(own))
-    pooled = torch.cat([p.flatten() for p in predictions])
-    truth = torch.cat([crop.labels.flatten() for crop in shown])
-    result["nuclei_dice_pooled"] = dice(pooled, truth)
-    result["background_iou"] = iou(pooled, truth, BACKGROUND)
-    result["tissue_iou"] = iou((pooled > 0).long(), (truth > 0).long(), 1)
-    return result, scores
-
-
-def by_length(
-    model: SegmentationModel,
-    shown: Sequence[Crop],
-    alone: Sequence[float],
-    order: ScanOrder,
-    mean: Sequence[float],
-    std: Sequence[float],
+def evaluate(
+    predictor: score.Predictor,
+    card: ModelCard,
+    pictures: Sequence[Picture],
+    device: torch.device,
     *,
-    fields_per_side: int,
-) -> dict[str, float]:
-    """Lay the crops out as one square mosaic (repeated as needed) and segment it in one sequence.
+    tolerance_px: int = 2,
+) -> tuple[dict[str, Any], list[Seen]]:
+    """Score a model at the pictures' own pixels, as its maps are laid over them.
 
     Args:
-        alone: the Dice of every crop segmented by itself.
-
-    Returns:
-        Tokens; mean Dice per field of the mosaic and of the same fields alone; pooled Dice in the
-        outer ring of tokens of every block and inside.
+        tolerance_px: how far a boundary may be off and still count for the boundary F1.
     """
-    side = shown[0].image.shape[1]
-    count = fields_per_side
-    mosaic = torch.empty(3, count * side, count * side)
-    truth = torch.empty(count * side, count * side, dtype=torch.int64)
-    windows, used = [], []
-    stride = 5  # neighbours come from other slides
-    for place in range(count * count):
-        crop = shown[place * stride % len(shown)]
-        y, x = (k * side for k in divmod(place, count))
-        window = (slice(y, y + side), slice(x, x + side))
-        mosaic[:, *window], truth[window] = crop.image, crop.labels
-        windows.append(window)
-        used.append(alone[place * stride % len(shown)])
-    predicted = predict(model, mosaic, order, mean, std).long()
-    scores = [dice(predicted[window], truth[window]) for window in windows]
-    inside = _inside_blocks(count * side, model.head.patch_px, order)
-    ring = ~(inside[:, None] & inside[None])
-    blocks = -(-count * side // (model.head.patch_px * (order.block or 1)))
-    return {
-        "tokens": float((blocks * (order.block or 1)) ** 2),
-        "nuclei_dice_per_image": float(np.mean(scores)),
-        "nuclei_dice_same_images_alone": float(np.mean(used)),
-        "nuclei_dice_block_border": dice(predicted[ring], truth[ring]),
-        "nuclei_dice_block_inside": dice(predicted[~ring], truth[~ring]),
+    names = [spec.name for spec in card.classes]
+    seen, counts, edges = [], [], torch.zeros(len(names), 4, dtype=torch.int64)
+    calibration = Calibration.empty()
+    for picture in pictures:
+        item = score.show(picture, card.mpp, device)
+        probability = predictor.logits(item.image[None])[0].softmax(0)
+        calibration.add(probability, item.labels)
+        small = probability.argmax(0).to(torch.uint8)[None, None].float()
+        truth = torch.tensor(picture.labels, device=device)
+        found = F.interpolate(small, truth.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
+        counts.append(score.confusion(found, truth, len(names)))
+        edges += torch.stack(
+            [boundary_counts(found, truth, index, tolerance_px) for index in range(len(names))]
+        )
+        seen.append(Seen(picture, found.cpu().numpy()))
+    shown = [score.Shown(torch.empty(0), torch.empty(0), p.group, p.name) for p in pictures]
+    scores = score.summary(counts, shown, names)
+    boundary = {name: boundary_f1(edges[index]) for index, name in enumerate(names)}
+    report = {
+        "model": card.name,
+        "sha256": card.sha256,
+        "pictures": len(pictures),
+        "groups": sorted({p.group for p in pictures}),
+        "mean_dice": sum(scores[f"{name}_dice"] for name in names) / len(names),
+        "scores": scores,
+        "boundary_f1": boundary,
+        "boundary_tolerance_px": tolerance_px,
+        "confusion": {"classes": names, "pixels": torch.stack(counts).sum(0).tolist()},
+        "calibration": calibration.report(),
+        "by_picture": {
+            p.name: {name: score.dice(c, index) for index, name in enumerate(names)}
+            for p, c in zip(pictures, counts, strict=True)
+        },
     }
+    return report, seen
 
 
-def _inside_blocks(length_px: int, patch_px: int, order: ScanOrder) -> Tensor:
-    """Which pixels of a side lie in no outermost token of their block."""
-    block = order.block or 1
-    token = torch.arange(length_px) // patch_px % block
-    return (token > 0) & (token < block - 1)
+def boundary_counts(found: Tensor, truth: Tensor, index: int, tolerance_px: int) -> Tensor:
+    """(4,) int64: boundary pixels found, those near a true one, true ones, those near a found one.
+
+    Boundaries at pixels without a label do not count.
+    """
+    known = (truth != IGNORED)[None, None]
+    one, other = (_boundary(labels == index) & known for labels in (found, truth))
+    size = 2 * tolerance_px + 1
+    near = [F.max_pool2d(b.float(), size, 1, tolerance_px) > 0 for b in (other, one)]
+    sums = one.sum(), (one & near[0]).sum(), other.sum(), (other & near[1]).sum()
+    return torch.stack(sums).cpu()
 
 
-def _column(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values)[:, None, None]
+def boundary_f1(counts: Tensor) -> float:
+    """The harmonic mean of precision and recall of `boundary_counts`."""
+    found, hit, true, met = (int(v) for v in counts)
+    if not found and not true:
+        return 1.0
+    precision, recall = hit / max(1, found), met / max(1, true)
+    return 2 * precision * recall / max(1e-12, precision + recall)
+
+
+def sheet(seen: Sequence[Seen], card: ModelCard, *, most: int = 12) -> Image.Image:
+    """A row for each picture: itself, the truth, the prediction, and where they differ."""
+    colours = np.full((256, 3), 128, np.uint8)
+    for index, spec in enumerate(card.classes):
+        colours[index] = spec.color_rgb
+    step = max(1, len(seen) // most)
+    rows = list(seen[::step])[:most]
+    titles = ("picture", "truth", "prediction", "wrong, as predicted")
+    width = len(titles) * (SHEET_PX + GAP_PX) + GAP_PX
+    page = Image.new("RGB", (width, 24 + len(rows) * (SHEET_PX + GAP_PX)), "white")
+    draw = ImageDraw.Draw(page)
+    for column, title in enumerate(titles):
+        draw.text((GAP_PX + column * (SHEET_PX + GAP_PX), 6), title, fill="black")
+    for line, item in enumerate(rows):
+        truth, found = item.picture.labels, item.predicted
+        wrong = (truth != found) & (truth != IGNORED)
+        faint = (200 + item.picture.image.mean(-1, keepdims=True) * 0.2).astype(np.uint8)
+        difference = np.where(wrong[..., None], colours[found], np.repeat(faint, 3, 2))
+        for column, pixels in enumerate(
+            (item.picture.image, colours[truth], colours[found], difference)
+        ):
+            panel = Image.fromarray(pixels)
+            panel.thumbnail((SHEET_PX, SHEET_PX))
+            place = (GAP_PX + column * (SHEET_PX + GAP_PX), 24 + line * (SHEET_PX + GAP_PX))
+            page.paste(panel, place)
+    return page
+
+
+def _boundary(mask: Tensor) -> Tensor:
+    """Pixels of a mask (h, w) with a neighbour outside it, as (1, 1, h, w) bool."""
+    inside = mask[None, None]
+    eroded = -F.max_pool2d(-inside.float(), 3, 1, 1)
+    return inside & (eroded < 1)

@@ -1,80 +1,58 @@
-"""The training loop: sequences of random length, two workers on a CPU, averaged weights."""
+"""The training loop: canvases of growing length, averaged weights, checkpoints that continue."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
-from gigavim.errors import ModelError
-from gigavim.model.heads import SegmentationModel
+from gigavim.errors import ModelError, SettingsError
+from gigavim.model.heads import SegmentationModel, stitch
 from gigavim.model.vim import grid_cells
-from gigavim.tokens.order import ScanOrder
+from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
 from gigavim.training.losses import segmentation_loss
+from gigavim.training.recipe import Recipe
+from gigavim.training.schedule import MEASURED_STEPS, Schedule, canvas_shape, planned_steps
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]
-"""Normalised images (B, 3, H, W) float32 and labels (B, H, W) int64."""
-Draw = Callable[[Sequence[tuple[int, int]], Generator], Batch]
-"""Makes a batch of canvases, one per (rows, cols) of blocks; all have one size."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How long and how fast to learn."""
-
-    steps: int
-    workers: int = 2
-    """Batches per step, each on a thread of its own; their gradients are averaged."""
-    blocks: int = 8
-    """Blocks of tokens per batch, except where one canvas is larger."""
-    largest_blocks: int = 64
-    """Blocks of the largest canvas, drawn late in the training."""
-    peak_rate: float = 2e-3
-    warmup: int = 100
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    average: float = 0.997
-    """Decay of the moving average of the weights, which is what is kept."""
-    half_depth: float = 0.33
-    """The part of the training that uses every second layer only; the others join silently."""
-    class_weights: tuple[float, ...] = (1.0, 0.8, 1.5)
-    dice_classes: tuple[int, ...] = (0, 2)
-    seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then half a cosine to 1 % of the peak."""
-        if step < self.warmup:
-            return self.peak_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.peak_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-    def canvas_blocks(self, step: int, generator: Generator) -> int:
-        """Blocks of the canvases of a batch: powers of two, longer ones as the training goes on."""
-        done = step / self.steps
-        longest = max(1, self.largest_blocks if done > 0.5 else min(16, self.largest_blocks))
-        sizes = [2**k for k in range(longest.bit_length())]
-        # A canvas of b blocks costs max(b, blocks): draw the costly ones less often.
-        weights = torch.tensor([min(1.0, (self.blocks / 2) / size) for size in sizes])
-        return int(sizes[int(torch.multinomial(weights, 1, generator=generator))])
+Names = tuple[str, ...]
 
 
 @dataclass
 class Progress:
-    """What a training run carries from step to step."""
+    """What a training carries from step to step, and what a checkpoint holds."""
 
     step: int
+    steps: int
+    """Planned."""
+    seconds: float
+    """Spent in training so far."""
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]
     """The moving average of the weights."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The average with the best validation score so far."""
+    best_score: float = float("-inf")
+    best_step: int = 0
+    stale: int = 0
+    """Validations since the best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What one worker found for one batch."""
+
+    loss: float
+    pixels: int
+    tokens: int
+    grads: tuple[Tensor, ...]
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -91,149 +69,206 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def start(model: nn.Module, schedule: Schedule) -> Progress:
-    """Begin a run."""
-    groups = decay_groups(model, schedule.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=schedule.peak_rate, betas=(0.9, 0.98))
-    return Progress(0, optimizer, {k: v.clone() for k, v in model.state_dict().items()})
+def start(model: nn.Module, recipe: Recipe) -> Progress:
+    """Begin a training."""
+    groups = decay_groups(model, recipe.schedule.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.schedule.peak_rate, betas=(0.9, 0.98))
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    return Progress(0, recipe.schedule.steps, 0.0, optimizer, average)
 
 
 def save(path: Path, model: nn.Module, progress: Progress) -> None:
     """Write a checkpoint that `resume` reads; whole or not at all."""
     part = path.with_suffix(".part")
-    state = {
-        "model": model.state_dict(),
-        "optimizer": progress.optimizer.state_dict(),
-        "average": progress.average,
-        "step": progress.step,
-    }
+    state = {k: v for k, v in vars(progress).items() if k != "optimizer"}
+    state["model"], state["optimizer"] = model.state_dict(), progress.optimizer.state_dict()
     torch.save(state, part)
     part.replace(path)
 
 
-def resume(path: Path, model: nn.Module, schedule: Schedule) -> Progress:
-    """Go on from a checkpoint."""
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    progress = start(model, schedule)
-    progress.optimizer.load_state_dict(state["optimizer"])
-    progress.average, progress.step = state["average"], state["step"]
+def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
+    """Go on from a checkpoint; raises `SettingsError` where it is of another model."""
+    device = next(model.parameters()).device
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+        model.load_state_dict(state.pop("model"))
+        progress = start(model, recipe)
+        progress.optimizer.load_state_dict(state.pop("optimizer"))
+    except (RuntimeError, KeyError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"{path}: not a checkpoint of this recipe ({reason})") from error
+    for name, value in state.items():
+        setattr(progress, name, value)
     return progress
-
-
-def patch_labels(labels: Tensor, patch_px: int, order: ScanOrder | None) -> Tensor:
-    """Arrange labels (B, H, W) as the head answers: (B * tokens, patch_px ** 2) in scan order."""
-    batch, height, width = labels.shape
-    rows, cols = height // patch_px, width // patch_px
-    grid = labels.view(batch, rows, patch_px, cols, patch_px).transpose(2, 3).flatten(3)
-    cells = grid_cells(rows, cols, order)
-    return grid.flatten(1, 2)[:, cells].flatten(0, 1)
 
 
 def loss_of(
     model: SegmentationModel,
-    batch: Batch,
-    order: ScanOrder | None,
-    schedule: Schedule,
+    batch: tuple[Tensor, Tensor],
+    recipe: Recipe,
     *,
     every: int = 1,
+    generator: Generator | None = None,
 ) -> Tensor:
-    """The loss of a batch of canvases of whole patches."""
+    """The loss of a batch of canvases (B, 3, H, W) with labels (B, H, W) int64."""
     images, labels = batch
-    encoded = encode(model.encoder, model.encoder.tokens(images, order=order), every=every)
-    logits = model.head(encoded).flatten(0, 1).flatten(2)  # (B * tokens, classes, P * P)
-    target = patch_labels(labels, model.head.patch_px, order)
-    weights = torch.tensor(schedule.class_weights)
-    return segmentation_loss(logits, target, weights, schedule.dice_classes)
+    config, schedule, order = model.encoder.config, recipe.schedule, recipe.model.scan_order
+    rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in labels.shape[1:])
+    half = images.device.type == "cuda"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        tokens = model.encoder.tokens(images, order=order)
+        encoded = encode(
+            model.encoder,
+            tokens,
+            every=every,
+            drop_path=schedule.drop_path,
+            generator=generator,
+            recompute=len(images) * rows * cols > schedule.recompute_tokens,
+        )
+        place = torch.argsort(grid_cells(rows, cols, order)).to(encoded.device)
+        patches = model.head(encoded.index_select(1, place))
+    logits = stitch(cast(Tensor, patches).float(), (rows, cols), config.stride_px)
+    weights = torch.tensor(recipe.loss.class_weights, device=images.device)
+    dice_classes = [recipe.class_names.index(name) for name in recipe.loss.dice_classes]
+    return segmentation_loss(logits, labels, weights, dice_classes)
 
 
 def train(
     model: SegmentationModel,
-    order: ScanOrder,
-    draw: Draw,
-    schedule: Schedule,
+    canvases: Canvases,
+    progress: Progress,
     *,
-    progress: Progress | None = None,
-    on_step: Callable[[Progress, float], None] | None = None,
-) -> Progress:
-    """Train a model in place; the averaged weights are in the progress that is returned.
+    on_step: Callable[[Progress, float, int], bool] | None = None,
+    average_grads: Callable[[Sequence[nn.Parameter]], None] | None = None,
+    worker_offset: int = 0,
+) -> None:
+    """Train a model in place until the planned steps are done or `on_step` says to stop.
 
-    The same seed, schedule and draw give the same weights on one machine. Raises `ModelError`
-    naming the parameters where a gradient is not finite.
+    The same seed and number of steps give the same weights on one machine, in one go or resumed.
+
+    Args:
+        on_step: called after each step with the loss and the tokens seen; True stops.
+        average_grads: shares gradients between processes.
+        worker_offset: tells this process's batches from those of others.
+
+    Raises:
+        ModelError: gradients or the loss are not finite; names the layer.
     """
-    progress = progress or start(model, schedule)
+    recipe, schedule = canvases.recipe, canvases.recipe.schedule
     names, parameters = zip(*model.named_parameters(), strict=True)
+    if schedule.max_minutes is not None and progress.step == 0:
+        progress.steps = 1_000_000_000  # until the speed is known
+    durations: list[float] = []
 
-    def work(worker: int) -> tuple[float, int, tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(
-            (schedule.seed * 1_000_003 + progress.step) * 64 + worker
-        )
-        blocks = schedule.canvas_blocks(progress.step, generator)
-        shape = canvas_shape(blocks, generator)
-        batch = draw([shape] * max(1, schedule.blocks // blocks), generator)
-        every = 2 if progress.step < schedule.half_depth * schedule.steps else 1
-        loss = loss_of(model, batch, order, schedule, every=every)
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        return loss.item(), batch[1].numel(), grads
+    def work(worker: int) -> Worked:
+        return _work(model, canvases, progress, parameters, worker + worker_offset)
 
-    def prepare_thread() -> None:
-        torch.set_flush_denormal(True)  # powers of small decays: denormals would cost a factor of 5
-
-    with ThreadPoolExecutor(schedule.workers, initializer=prepare_thread) as pool:
-        while progress.step < schedule.steps:
-            results = list(pool.map(work, range(schedule.workers)))
-            loss = _apply(progress, schedule, names, parameters, results)
-            _follow(progress, model, schedule)
+    with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
+        while progress.step < progress.steps:
+            began = time.monotonic()
+            if schedule.workers == 1:
+                results = [work(0)]
+            else:
+                results = list(pool.map(work, range(schedule.workers)))
+            loss = _apply(model, progress, recipe, names, parameters, results, average_grads)
             progress.step += 1
-            if on_step is not None:
-                on_step(progress, loss)
-    return progress
+            durations.append(time.monotonic() - began)
+            progress.seconds += durations[-1]
+            if schedule.max_minutes is not None and progress.step == MEASURED_STEPS[1]:
+                recent = sorted(durations[-(MEASURED_STEPS[1] - MEASURED_STEPS[0]) :])
+                mean = sum(recent) / len(recent)
+                progress.steps = planned_steps(schedule, progress.step, progress.seconds, mean)
+                log.info("%.3f s a step: %d steps are planned", mean, progress.steps)
+            tokens = sum(r.tokens for r in results)
+            if on_step is not None and on_step(progress, loss, tokens):
+                break
+            overdue = schedule.max_minutes is not None and (
+                progress.seconds > 60 * schedule.max_minutes
+            )
+            if overdue and progress.step < progress.steps:
+                log.warning("time is up at step %d of %d", progress.step, progress.steps)
+                break
 
 
-def canvas_shape(blocks: int, generator: Generator) -> tuple[int, int]:
-    """Draw (rows, cols) with rows * cols = blocks, a power of two, not longer than 1 : 4."""
-    power = blocks.bit_length() - 1
-    options = [k for k in range(power + 1) if abs(power - 2 * k) <= 2]
-    rows = 2 ** options[int(torch.randint(len(options), (), generator=generator))]
-    return rows, blocks // rows
+def _prepare_thread() -> None:
+    torch.set_flush_denormal(True)  # powers of small decays: denormals would cost a factor of 5
+
+
+def _work(
+    model: SegmentationModel,
+    canvases: Canvases,
+    progress: Progress,
+    parameters: Sequence[nn.Parameter],
+    worker: int,
+) -> Worked:
+    recipe, device = canvases.recipe, canvases.atlas.device
+    schedule = Schedule(recipe.schedule, progress.steps)
+    seed = (recipe.schedule.seed * 1_000_003 + progress.step) * 4096 + worker
+    plan = torch.Generator().manual_seed(seed // 4096)  # all workers draw one size
+    generator = torch.Generator(device).manual_seed(seed)
+    blocks = schedule.canvas_blocks(progress.step, plan)
+    shape = canvas_shape(blocks, plan)
+    batch = canvases.draw(shape, max(1, recipe.schedule.batch_blocks // blocks), generator)
+    loss = loss_of(model, batch, recipe, every=schedule.every(progress.step), generator=generator)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    pixels = batch[1].numel()
+    return Worked(loss.item(), pixels, pixels // model.encoder.config.stride_px**2, grads)
 
 
 def _apply(
+    model: SegmentationModel,
     progress: Progress,
-    schedule: Schedule,
-    names: Sequence[str],
+    recipe: Recipe,
+    names: Names,
     parameters: Sequence[nn.Parameter],
-    results: Sequence[tuple[float, int, tuple[Tensor, ...]]],
+    results: Sequence[Worked],
+    average_grads: Callable[[Sequence[nn.Parameter]], None] | None,
 ) -> float:
-    """Average the workers' gradients by pixels, clip them and step; returns the mean loss."""
-    total = sum(pixels for _, pixels, _ in results)
+    """Average the workers' gradients by pixels, clip them, step, follow; returns the mean loss."""
+    total = sum(r.pixels for r in results)
     for place, parameter in enumerate(parameters):
-        parameter.grad = sum(
-            (grads[place] * (pixels / total) for _, pixels, grads in results),
-            start=torch.zeros_like(parameter),
-        )
-    norm = nn.utils.clip_grad_norm_(parameters, schedule.clip_norm)
+        if len(results) == 1:
+            parameter.grad = results[0].grads[place]
+        else:
+            parameter.grad = sum(
+                (r.grads[place] * (r.pixels / total) for r in results),
+                start=torch.zeros_like(parameter),
+            )
+    if average_grads is not None:
+        average_grads(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
-        bad = [
-            name
-            for name, p in zip(names, parameters, strict=True)
-            if p.grad is None or not torch.isfinite(p.grad).all()
-        ]
-        raise ModelError(
-            f"step {progress.step}: gradients are not finite in {', '.join(bad[:5])}: "
-            f"go on from the last checkpoint with a lower learning rate"
-        )
+        raise ModelError(_blame(progress.step, names, parameters))
+    nn.utils.clip_grads_with_norm_(parameters, recipe.schedule.clip_norm, norm)
     for group in progress.optimizer.param_groups:
-        group["lr"] = schedule.rate(progress.step)
+        group["lr"] = Schedule(recipe.schedule, progress.steps).rate(progress.step)
     progress.optimizer.step()
-    return sum(loss * pixels for loss, pixels, _ in results) / total
-
-
-def _follow(progress: Progress, model: nn.Module, schedule: Schedule) -> None:
-    decay = min(schedule.average, (1 + progress.step) / (10 + progress.step))
+    decay = min(recipe.schedule.average, (1 + progress.step) / (10 + progress.step))
     with torch.no_grad():
-        for name, value in model.state_dict().items():
-            progress.average[name].lerp_(value, 1 - decay)
+        state = model.state_dict()
+        averages = [progress.average[name] for name in state]
+        torch._foreach_lerp_(averages, list(state.values()), 1 - decay)
+    return sum(r.loss * r.pixels for r in results) / total
+
+
+def _blame(step: int, names: Names, parameters: Sequence[nn.Parameter]) -> str:
+    """Name the layer nearest to the output whose gradients are not finite: it met them first."""
+    bad = [
+        name
+        for name, p in zip(names, parameters, strict=True)
+        if p.grad is None or not torch.isfinite(p.grad).all()
+    ]
+    order = sorted(bad, key=lambda name: (name.startswith("head"), "norm_f" in name, _depth(name)))
+    first = order[-1] if order else "the sum of all"
+    return (
+        f"step {step}: gradients are not finite; going backwards, they first were so in {first} "
+        f"({len(bad)} parameters in all). Go on from the last checkpoint with a lower peak_rate."
+    )
+
+
+def _depth(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["encoder", "layers"] else -1
 
 
 @torch.no_grad()
@@ -245,25 +280,15 @@ def init_patch_embedding(model: SegmentationModel, images: Tensor) -> None:
     """
     projection = model.encoder.patch_embed.proj
     size, width = projection.kernel_size[0], projection.out_channels
+    images = images.cpu()
     patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, 3, rows, cols, P, P)
     flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size * size)
     covariance = torch.cov(flat.T.double())
     variance, vectors = torch.linalg.eigh(covariance)
     variance, vectors = variance.flip(0)[:width], vectors.flip(1)[:, :width]
     scale = 1 / (variance.clamp(min=0).sqrt() + 0.05 * variance[0].sqrt())
-    weight = (vectors * scale).T.float()  # (D, 3 * P * P)
-    projection.weight.copy_(weight.view_as(projection.weight))
+    weight = (vectors * scale).T.float()  # (at most D, 3 * P * P)
+    kept = len(weight)
+    projection.weight[:kept] = weight.view(kept, *projection.weight.shape[1:])
     assert projection.bias is not None
-    projection.bias.copy_(-(weight @ flat.mean(0)))
-
-
-class Clock:
-    """Steps and minutes so far, for the log."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-
-    @property
-    def minutes(self) -> float:
-        """Minutes since the start."""
-        return (time.monotonic() - self.started) / 60
+    projection.bias[:kept] = -(weight @ flat.mean(0))

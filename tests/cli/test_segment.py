@@ -64,6 +64,30 @@ def test_existing_results_are_kept_unless_told(run, make_slide, tiny_model, tmp_
     assert run("segment", path, "--model", tiny_model, "--overwrite").code == 0
 
 
+def test_fluorescence_through_a_brightfield_model_is_warned_of(run, make_slide, tmp_path, caplog):
+    random = np.random.default_rng(3)
+    glow = np.zeros((300, 420, 3), np.float32)
+    glow[..., 2] = 12 + 200 * (random.random((300, 420)) < 0.05)
+    dark = tmp_path / "dapi.tif"
+    options = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(dark, glow.astype(np.uint8), photometric="rgb", **options)
+    result = run("segment", dark, make_slide(), "-o", "out", "--tissue", "none")
+    assert result.code == 0, result.err
+    (warned,) = [text for text in caplog.messages if "looks like fluorescence" in text]
+    assert "dapi.tif" in warned
+    assert "histo-nuclei-nano" in warned
+    warnings = {
+        name: json.loads((tmp_path / f"out/{name}.summary.json").read_text())["warnings"]
+        for name in ("dapi", "slide")
+    }
+    assert len(warnings["dapi"]) == 1
+    assert "fluorescence" in warnings["dapi"][0]
+    assert warnings["slide"] == []
+    caplog.clear()
+    assert run("segment", dark, "--dry-run").code == 0
+    assert "looks like fluorescence" in caplog.text
+
+
 def test_one_bad_slide_of_three_does_not_stop_the_others(run, make_slide, tiny_model, tmp_path):
     bad = tmp_path / "bad.svs"
     bad.write_text("not a slide at all")

@@ -12,6 +12,7 @@ from gigavim.errors import OutputError
 from gigavim.frames import GeoReference, MapFrame
 from gigavim.outputs.geojson import write_geojson
 from gigavim.outputs.ground import GroundTransform, ring_areas_m2
+from gigavim.outputs.polygons import PolygonOptions
 
 # (y0, y1, x0, x1) in map pixels, across the seams of the tiles used below.
 RECTANGLE = (37, 91, 23, 200)
@@ -115,7 +116,9 @@ def test_simplification_only_where_asked_for(tmp_path, store, frame_of, classes)
     labels = np.tri(100, 100, dtype=np.uint8)
     made, frame = store(labels), frame_of(labels)
     write_geojson(made, frame, classes, tmp_path / "a.geojson")
-    write_geojson(made, frame, classes, tmp_path / "b.geojson", simplify_px=1.0)
+    write_geojson(
+        made, frame, classes, tmp_path / "b.geojson", options=PolygonOptions(simplify_px=1.0)
+    )
     exact, simple = (features(tmp_path / name)[0] for name in ("a.geojson", "b.geojson"))
     assert len(exact["geometry"]["coordinates"][0]) == 203
     assert len(simple["geometry"]["coordinates"][0]) < 10

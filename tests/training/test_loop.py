@@ -1,90 +1,111 @@
 import pytest
 import torch
 
-from gigavim.errors import ModelError
-from gigavim.model.config import VimConfig
-from gigavim.model.heads import SegmentationModel
-from gigavim.model.vim import Vim
-from gigavim.tokens.order import ScanOrder
+from gigavim.errors import ModelError, SettingsError
 from gigavim.training import loop
-from gigavim.training.nuclei import Canvases
+from gigavim.training.atlas import Atlas
+from gigavim.training.canvas import Canvases
+from gigavim.training.pack import read_pictures
+from gigavim.training.run import new_model
+from gigavim.training.schedule import Schedule, canvas_shape, planned_steps
 
-ORDER = ScanOrder.parse("blocks(4)")
-SCHEDULE = loop.Schedule(
-    steps=6, blocks=4, largest_blocks=4, warmup=2, peak_rate=5e-3, half_depth=0.0, average=0.5
-)
-
-
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
-    config = VimConfig(
-        d_model=16, depth=2, patch_px=8, stride_px=8, class_token="none", pooling="mean",
-        position="block", grid_hw=(4, 4),
-    )  # fmt: skip
-    return SegmentationModel(Vim(config), 3)
+CPU = torch.device("cpu")
 
 
-def run(fields, schedule=SCHEDULE, checkpoint=None, until=None):
-    model, losses = tiny_model(), []
-    progress = loop.resume(checkpoint, model, schedule) if checkpoint else None
-    progress = loop.train(
-        model,
-        ORDER,
-        Canvases(fields, 32),
-        schedule,
-        progress=progress,
-        on_step=lambda progress, loss: losses.append(loss),
-    )
+@pytest.fixture(scope="module")
+def canvases(pictures_folder, recipe):
+    return Canvases(Atlas(list(read_pictures(pictures_folder, recipe)), CPU), recipe)
+
+
+def changed(canvases, **schedule):
+    recipe = canvases.recipe
+    section = recipe.schedule.model_copy(update=schedule)
+    return Canvases(canvases.atlas, recipe.model_copy(update={"schedule": section}))
+
+
+def trained(canvases, on_step=None, model=None, progress=None):
+    model = model or new_model(canvases.recipe)
+    progress = progress or loop.start(model, canvases.recipe)
+    losses = []
+
+    def note(progress, loss, tokens):
+        losses.append(loss)
+        return on_step is not None and on_step(progress)
+
+    loop.train(model, canvases, progress, on_step=note)
     return model, progress, losses
 
 
-def test_training_lowers_the_loss_and_repeats(synthetic_fields):
-    first, _, losses = run(synthetic_fields)
-    second, _, again = run(synthetic_fields)
+def same(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
+    return [name for (name, a), b in pairs if not torch.equal(a, b)] == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_lowers_the_loss_and_repeats(canvases, workers):
+    canvases = changed(canvases, workers=workers, drop_path=0.1)
+    first, _, losses = trained(canvases)
+    second, _, again = trained(canvases)
     assert losses == again
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
-    batch = Canvases(synthetic_fields, 32)([(2, 2)] * 2, torch.Generator().manual_seed(99))
+    assert same(first, second)
+    batch = canvases.draw((2, 2), 2, torch.Generator().manual_seed(99))
     with torch.no_grad():
         before, after = (
-            loop.loss_of(model, batch, ORDER, SCHEDULE).item() for model in (tiny_model(), first)
+            loop.loss_of(model, batch, canvases.recipe).item()
+            for model in (new_model(canvases.recipe), first)
         )
     assert after < before
 
 
-def test_a_resumed_run_is_the_same_run(synthetic_fields, tmp_path):
-    whole, _, _ = run(synthetic_fields)
-    saved = tmp_path / "checkpoint.pt"
-    model = tiny_model()
-
-    class Stop(Exception):
-        pass
-
-    def stop_half_way(progress, loss):
-        if progress.step == 3:
-            loop.save(saved, model, progress)
-            raise Stop
-
-    with pytest.raises(Stop):
-        loop.train(model, ORDER, Canvases(synthetic_fields, 32), SCHEDULE, on_step=stop_half_way)
-    resumed, progress, _ = run(synthetic_fields, checkpoint=saved)
-    assert progress.step == SCHEDULE.steps
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+def test_a_resumed_run_is_the_same_run(canvases, tmp_path):
+    whole, expected, _ = trained(canvases)
+    model, progress, _ = trained(canvases, on_step=lambda p: p.step == 3)
+    loop.save(tmp_path / "checkpoint.pt", model, progress)
+    again = new_model(canvases.recipe)
+    progress = loop.resume(tmp_path / "checkpoint.pt", again, canvases.recipe)
+    assert progress.step == 3
+    _, progress, _ = trained(canvases, model=again, progress=progress)
+    assert progress.step == canvases.recipe.schedule.steps
+    assert same(whole, again)
+    for name, value in expected.average.items():
+        assert torch.equal(progress.average[name], value), name
 
 
-def test_a_bad_gradient_names_its_layer(synthetic_fields):
-    model = tiny_model()
-    with torch.no_grad():
-        model.head.linear.weight[0, 0] = float("nan")
-    with pytest.raises(ModelError, match=r"step 0: .* not finite in .*encoder"):
-        loop.train(model, ORDER, Canvases(synthetic_fields, 32), SCHEDULE)
+def test_a_checkpoint_of_another_model_is_refused(canvases, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    path = tmp_path / "checkpoint.pt"
+    loop.save(path, model, loop.start(model, canvases.recipe))
+    with pytest.raises(SettingsError, match=r"checkpoint\.pt: not a checkpoint of this recipe"):
+        loop.resume(path, new_model(canvases.recipe), canvases.recipe)
 
 
-def test_what_decays():
-    model = tiny_model()
+@pytest.mark.parametrize("layer", ["encoder.layers.0.mixer.out_proj", "encoder.layers.1.norm"])
+def test_a_bad_gradient_names_its_layer(canvases, layer):
+    model = new_model(canvases.recipe)
+
+    def spoil(grad):
+        return torch.full_like(grad, float("nan"))
+
+    model.get_submodule(layer).weight.register_hook(spoil)
+    with pytest.raises(ModelError, match=f"step 0: gradients are not finite.*{layer}"):
+        trained(canvases, model=model)
+
+
+def test_recomputing_changes_nothing(canvases):
+    batch = canvases.draw((1, 2), 2, torch.Generator().manual_seed(5))
+    grads = []
+    for tokens in (1, 1_000_000):
+        recipe = changed(canvases, recompute_tokens=tokens, drop_path=0.5).recipe
+        model = new_model(recipe)
+        generator = torch.Generator().manual_seed(1)
+        loop.loss_of(model, batch, recipe, generator=generator).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_decays(canvases):
+    model = new_model(canvases.recipe)
     decayed, plain = loop.decay_groups(model, 0.05)
     ids = {id(p) for p in plain["params"]}
     free = {name for name, p in model.named_parameters() if id(p) in ids}
@@ -96,31 +117,28 @@ def test_what_decays():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-def test_patch_labels_follow_the_scan():
-    rows, cols = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    cell = (rows // 8) * 8 + cols // 8
-    patches = loop.patch_labels(cell[None], 8, ORDER)
-    assert patches.shape == (64, 64)
-    assert (patches == patches[:, :1]).all()
-    assert patches[:4, 0].tolist() == [0, 1, 2, 3]
-    assert patches[4, 0] == 8  # the second row of the first block of 4 x 4 tokens
-
-
-def test_rate_warms_up_and_cools_down():
-    schedule = loop.Schedule(steps=1000)
+def test_rate_warms_up_and_cools_down(recipe):
+    schedule = Schedule(recipe.schedule.model_copy(update={"warmup_steps": 100}), 1000)
     assert schedule.rate(0) < schedule.rate(50) < schedule.rate(99)
-    assert schedule.rate(100) == pytest.approx(schedule.peak_rate)
-    assert schedule.rate(999) < 0.02 * schedule.peak_rate
+    assert schedule.rate(100) == pytest.approx(schedule.recipe.peak_rate)
+    assert schedule.rate(999) < 0.02 * schedule.recipe.peak_rate
 
 
-def test_canvases_grow():
-    schedule = loop.Schedule(steps=1000)
+def test_canvases_grow(recipe):
+    update = {"largest_blocks": 64, "batch_blocks": 8}
+    schedule = Schedule(recipe.schedule.model_copy(update=update), 1000)
     generator = torch.Generator().manual_seed(0)
     early = [schedule.canvas_blocks(10, generator) for _ in range(300)]
     late = [schedule.canvas_blocks(900, generator) for _ in range(300)]
     assert max(early) == 16
     assert max(late) == 64
     for blocks in (1, 2, 8, 64):
-        rows, cols = loop.canvas_shape(blocks, generator)
+        rows, cols = canvas_shape(blocks, generator)
         assert rows * cols == blocks
         assert max(rows, cols) <= 4 * min(rows, cols)
+
+
+def test_minutes_become_steps(recipe):
+    schedule = recipe.schedule.model_copy(update={"max_minutes": 10.0})
+    assert planned_steps(schedule, 60, 30.0, 0.1) == pytest.approx(60 + 540 / 0.1, abs=1)
+    assert planned_steps(schedule, 60, 9999.0, 0.1) == 61

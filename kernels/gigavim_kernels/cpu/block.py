@@ -22,8 +22,8 @@ from gigavim_kernels.cpu.layout import (
     padded,
     prepare_branch,
 )
-from gigavim_kernels.cpu.norm import add_halves, rms_norm
-from gigavim_kernels.cpu.scan import scan_channels, state_block
+from gigavim_kernels.cpu.norm import add_halves, rms_norm, rms_norm_halves
+from gigavim_kernels.cpu.scan import scan_channels
 from gigavim_kernels.cpu.simd import LANES
 from gigavim_kernels.cpu.team import Team, share, team_of
 from gigavim_kernels.weights import BlockWeights
@@ -198,21 +198,20 @@ class _Chunk:
         """RMSNorm of a tile with its halos, (halo + rows + halo, D), in the products' dtype."""
         halo, branch = len(rows[0]), self.branch
         count, columns = stop - start + 2 * halo, rows[0].shape[1]
-        normed = self._team.buffer(f"normed{worker}", count, columns, torch.float32)
+        normed = self._team.buffer(f"normed{worker}", count, columns, self._product)
+        norm = rms_norm if self._product == torch.float32 else rms_norm_halves
         place = start - halo  # of the tile's first row, counted from that of the chunk
         for source, origin in zip(rows, (-halo, 0, self._tokens)):
             first = max(place, origin)
             last = min(place + count, origin + len(source))
             if first < last:
-                rms_norm(
+                norm(
                     source[first - origin : last - origin].numpy(),
                     branch.norm_weight,
                     branch.norm_eps,
-                    normed[first - place : last - place].numpy(),
+                    _bits(normed[first - place : last - place]),
                 )
-        if self._product == torch.float32:
-            return normed
-        return self._team.buffer(f"halves{worker}", count, columns, self._product).copy_(normed)
+        return normed
 
     def scan(self, states: list[Tensor], *, outputs: bool) -> list[Tensor]:
         """Scan all directions and return the carried states; y gets the gated sum."""
@@ -220,21 +219,20 @@ class _Chunk:
             padded(padded(s.T, 1, LANES), 0, STATE_MULTIPLE).numpy() for s in states
         ]  # (N, E)
         groups = self._width // LANES
-        partial = None
-        if outputs and len(self._directions) > 1:
-            partial = self._team.buffer("sum", self._tokens, self._width, torch.float32).numpy()
+        y = _bits(self.y) if outputs else None
 
         def work(worker: int) -> None:
             start, stop = (LANES * g for g in share(groups, worker, self._team.threads))
             last = len(self._directions) - 1
             for i, d in enumerate(self._directions):
                 z = _bits(self._z) if outputs and i == last else None
-                y = (_bits(self.y) if i == last else partial) if outputs else None
+                # y holds the sum of the directions so far: a buffer in float32 would cost a tenth
+                # of the time, and the products round it to their dtype anyway.
                 p, n = self._projected[i].numpy(), len(d.A2)
                 scan_channels(
                     _bits(self._c[i]), p[:, 2 * n :], d.dt_weight, d.dt_bias, d.A2,
-                    p[:, :n], p[:, n : 2 * n], d.D, z, partial if i and outputs else None, y,
-                    hidden[i], d.reverse, state_block(n), start, stop,
+                    p[:, :n], p[:, n : 2 * n], d.D, z, y if i else None, y,
+                    hidden[i], d.reverse, d.state_block, start, stop,
                 )  # fmt: skip
 
         self._team.run(work)

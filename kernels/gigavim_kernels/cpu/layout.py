@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigavim_kernels.cpu.scan import state_block
 from gigavim_kernels.cpu.simd import LANES
 from gigavim_kernels.weights import Branch, Direction
 
@@ -51,6 +52,8 @@ class CpuDirection:
     """(1, E)"""
     states: int
     """N before padding."""
+    state_block: tuple[int, ...]
+    """See `gigavim_kernels.cpu.scan.state_block`."""
     reverse: bool
 
 
@@ -91,7 +94,7 @@ def _prepare_direction(direction: Direction, product: torch.dtype) -> CpuDirecti
     dt, B, C = torch.split_with_sizes(direction.x_proj, (rank, states, states))
     rows = [padded(B, 0, STATE_MULTIPLE), padded(C, 0, STATE_MULTIPLE), padded(dt, 0, LANES)]
     x_proj = padded(torch.cat(rows), 1, LANES)
-    A2 = padded(direction.A.T * math.log2(math.e), 1, LANES)
+    A2 = padded(padded(direction.A.T * math.log2(math.e), 1, LANES), 0, STATE_MULTIPLE).numpy()
     return CpuDirection(
         conv_weight=ordered_taps(direction.conv_weight, reverse=direction.reverse_conv),
         conv_bias=padded(direction.conv_bias[None], 1, LANES).numpy(),
@@ -99,8 +102,9 @@ def _prepare_direction(direction: Direction, product: torch.dtype) -> CpuDirecti
         x_proj=x_proj.T.contiguous().to(product),
         dt_weight=padded(direction.dt_weight.T, 1, LANES).numpy(),
         dt_bias=padded(direction.dt_bias[None], 1, LANES).numpy(),
-        A2=padded(A2, 0, STATE_MULTIPLE).numpy(),
+        A2=A2,
         D=padded(direction.D[None], 1, LANES).numpy(),
         states=states,
+        state_block=state_block(A2),
         reverse=direction.reverse,
     )

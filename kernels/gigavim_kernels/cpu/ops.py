@@ -31,7 +31,7 @@ def selective_scan(
     batch, channels, states = x.shape[0], x.shape[2], A.shape[1]
     bias = torch.zeros(channels) if dt_bias is None else dt_bias.float()
     first = torch.zeros(batch, channels, states) if state is None else state
-    A2 = padded(padded(A.T * math.log2(math.e), 1, LANES), 0, STATE_MULTIPLE)  # (N, E)
+    A2 = padded(padded(A.T * math.log2(math.e), 1, LANES), 0, STATE_MULTIPLE).numpy()  # (N, E)
     xs, dts, hidden = padded(x, 2, LANES), padded(dt, 2, LANES), first.transpose(1, 2)
     hidden = padded(padded(hidden, 2, LANES), 1, STATE_MULTIPLE)  # (B, N, E)
     zs = None if z is None else padded(z, 2, LANES)
@@ -40,9 +40,9 @@ def selective_scan(
     y = torch.empty_like(xs)
     for b in range(batch):
         scan_channels(
-            xs[b].numpy(), dts[b].numpy(), None, padded(bias[None], 1, LANES).numpy(), A2.numpy(),
+            xs[b].numpy(), dts[b].numpy(), None, padded(bias[None], 1, LANES).numpy(), A2,
             Bs[b].numpy(), Cs[b].numpy(), skip, None if zs is None else zs[b].numpy(), None,
-            y[b].numpy(), hidden[b].numpy(), reverse, state_block(len(A2)), 0, xs.shape[2],
+            y[b].numpy(), hidden[b].numpy(), reverse, state_block(A2), 0, xs.shape[2],
         )  # fmt: skip
     total = F.softplus(dt.float() + bias).sum(1)[..., None]
     last = hidden[:, :states, :channels].transpose(1, 2).contiguous()

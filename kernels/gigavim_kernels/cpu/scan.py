@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numba import types
+from numpy.typing import NDArray
 
 from gigavim_kernels.cpu.simd import LANES, Simd, Value, intrinsic, jit, matrices
 
@@ -243,7 +244,7 @@ def scan_channels(
         x: (L, E) float32 or bfloat16 bits; z, y alike; E a multiple of 16.
         dt: (L, R) float32 with dt_weight (R, E), or (L, E) without; dt_bias, D: (1, E).
         A2: (N, E), A * log2(e). B, C: (L, N) float32.
-        others: (L, E) float32, added to the output before the gate, or None.
+        others: (L, E), added to the output before the gate, or None; may be y itself.
         y: the output, or None where only the states are wanted.
         state: (N, E) float32, carried in place.
         block: a tuple as long as the block of states that stays in registers; it divides N.
@@ -254,7 +255,7 @@ def scan_channels(
     drive = np.empty((TILE, LANES), np.float32)
     out = np.empty((TILE, LANES), np.float32)
     limits = np.empty((stop - start) // LANES, np.float32)
-    tied = _rates_are_tied(A2[:, start:stop])
+    tied = _rates_are_tied(A2)
     for g in range(len(limits)):
         column = start + g * LANES
         fastest = np.abs(A2[:, column : column + LANES]).max()
@@ -279,9 +280,10 @@ def scan_channels(
                 _finish(y, out, others, z, first, count, stride, column)
 
 
-def state_block(states: int) -> tuple[int, ...]:
+def state_block(A2: NDArray[np.float32]) -> tuple[int, ...]:
     """Return the tuple that tells `scan_channels` how many of N states to block.
 
-    N is a multiple of 8.
+    A2: (N, E), N a multiple of 8. Registers hold 8 states with all that their exponentials need, a
+    quarter faster than 16; of tied rates the exponentials are few, and 16 states share them.
     """
-    return tuple(range(16 if states % 16 == 0 else 8))
+    return tuple(range(16 if len(A2) % 16 == 0 and _rates_are_tied(A2) else 8))

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from gigavim_kernels.cuda import adjoint_kernels
 from gigavim_kernels.cuda.launch import on_device_of, options
-from gigavim_kernels.cuda.plan import LANES
-from gigavim_kernels.cuda.scan import combine
+from gigavim_kernels.cuda.plan import FORWARD, GRADIENT, multiprocessors, plan_scan
+from gigavim_kernels.cuda.scan import MARK, STAGES, combine
 
 STATES_KEPT = 32
 """Hidden states of a channel that a thread holds at once: U tokens of N."""
-UNROLL = 4
 
 
 class Gradients(NamedTuple):
@@ -21,8 +20,7 @@ class Gradients(NamedTuple):
     x: Tensor
     dt: Tensor
     A: Tensor
-    B: Tensor
-    C: Tensor
+    bc: Tensor
     D: Tensor
     z: Tensor | None
     dt_bias: Tensor
@@ -36,32 +34,35 @@ def scan_gradients(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
     decay: Tensor,
-    starts: Tensor,
+    marks: Tensor,
     *,
-    chunk: int,
     reverse: bool,
+    chunk: int | None = None,
 ) -> Gradients:
     """Gradients of `scan` for one direction, L and E at least one.
 
     Args:
         grad_y: (B, L, E) contiguous; grad_last, grad_decay, decay: (B, E, N) contiguous float32.
-        x, dt, z: (B, L, E); B, C: (B, L, N); A: (E, N); D, dt_bias: (E,): the scan's arguments.
-        starts: (B, K, N, E) contiguous float32, the states at which chunks are entered.
-        chunk: tokens per chunk of the forward scan.
+        x, dt, z: (B, L, E); bc: (B, L, 2 N); A: (E, N); D, dt_bias: (E,): the scan's arguments.
+        marks: (B, ceil(L / MARK), N, E), see `Scanned`.
+        chunk: tokens per chunk; chosen by size if absent.
     """
     batch, length, channels = x.shape
-    chunks, states = starts.shape[1:3]
-    blocks = -(-channels // LANES)
+    states = A.shape[1]
     unroll = max(1, STATES_KEPT // states)
+    plan = plan_scan(
+        batch, length, channels, states,
+        multiprocessors=multiprocessors(x.device), kernel=GRADIENT, chunk=chunk, multiple=MARK,
+    )  # fmt: skip
+    chunks, blocks, width = plan.chunks, plan.blocks_e, plan.block_e
     if chunks > 1:
         exits, d_first, sums = _chunk_exits(
-            grad_y, grad_last, dt, A, C, z, dt_bias, chunk, chunks, reverse
+            grad_y, grad_last, dt, A, bc, z, dt_bias, plan.chunk, chunks, reverse
         )
     else:
         exits, d_first = grad_last.mT.contiguous()[:, None], torch.empty_like(grad_last)
@@ -70,34 +71,28 @@ def scan_gradients(
         each = (grad_decay * decay * A).sum(-1)  # (B, E)
     d_x, d_dt = (torch.empty(x.shape, dtype=t.dtype, device=x.device) for t in (x, dt))
     d_z = None if z is None else torch.empty(x.shape, dtype=z.dtype, device=x.device)
-    d_b, d_c = A.new_empty(2, blocks, batch, length, states)
+    d_bc = A.new_empty(blocks, batch, length, 2 * states)
     d_a, d_d, d_bias = (
         A.new_empty(batch, chunks, *rest) for rest in ((states, channels), (channels,), (channels,))
     )
-    scratch = A.new_empty(batch, chunks, -(-chunk // unroll), states, channels)
+    programs = batch * chunks * blocks
+    scratch = A.new_empty(programs, MARK // unroll, states, width)
     with on_device_of(x):
-        adjoint_kernels.chunk_gradients[(batch * chunks * blocks,)](
-            grad_y, x, z, dt, A, B, C, D, dt_bias, starts, exits, each, scratch,
-            d_x, d_dt, d_z, d_b, d_c, d_a, d_d, d_bias, d_first,
-            length, batch, chunk, chunks, channels,
+        adjoint_kernels.chunk_gradients[(programs,)](
+            grad_y, x, z, dt, bc, A, D, dt_bias, marks, exits, each, scratch,
+            d_x, d_dt, d_z, d_bc, d_a, d_d, d_bias, d_first,
+            length, batch, plan.chunk, chunks,
             *x.stride()[:2], *((0, 0) if z is None else z.stride()[:2]), *dt.stride()[:2],
-            *B.stride()[:2], *C.stride()[:2],
-            int(reverse), N=states, BE=LANES, U=unroll, WHOLE=chunks == 1, **options(1),
+            int(reverse),
+            E=channels, N=states, BE=width, U=unroll, MARK=MARK, STAGES=STAGES - 1,
+            WHOLE=chunks == 1, **options(1, registers=GRADIENT.registers),
         )  # fmt: skip
     d_A = d_a.sum((0, 1)).T  # (E, N)
     if grad_decay is not None:
         steps = _steps(dt, dt_bias) if chunks == 1 else sums.sum(1)  # (B, E)
         d_A = d_A + (grad_decay * decay * steps[..., None]).sum(0)
     return Gradients(
-        d_x,
-        d_dt,
-        d_A.contiguous(),
-        d_b.sum(0).to(B.dtype),
-        d_c.sum(0).to(C.dtype),
-        d_d.sum((0, 1)),
-        d_z,
-        d_bias.sum((0, 1)),
-        d_first,
+        d_x, d_dt, d_A.contiguous(), d_bc.sum(0), d_d.sum((0, 1)), d_z, d_bias.sum((0, 1)), d_first
     )
 
 
@@ -106,7 +101,7 @@ def _chunk_exits(
     grad_last: Tensor,
     dt: Tensor,
     A: Tensor,
-    C: Tensor,
+    bc: Tensor,
     z: Tensor | None,
     dt_bias: Tensor | None,
     chunk: int,
@@ -119,12 +114,13 @@ def _chunk_exits(
     exits = A.new_empty(batch, chunks, states, channels)
     sums = A.new_empty(batch, chunks, channels)
     d_first = torch.empty_like(grad_last)
-    block = 2 * LANES if states <= 16 and channels > LANES else LANES
+    width = FORWARD.block_e(channels, states)
     with on_device_of(grad_y):
-        adjoint_kernels.chunk_adjoints[(batch * chunks * -(-channels // block),)](
-            grad_y, z, dt, A, C, dt_bias, exits, sums, length, chunk, chunks, channels,
-            *((0, 0) if z is None else z.stride()[:2]), *dt.stride()[:2], *C.stride()[:2],
-            int(reverse), N=states, BE=block, U=UNROLL, **options(1),
+        adjoint_kernels.chunk_adjoints[(batch * chunks * -(-channels // width),)](
+            grad_y, z, dt, bc, A, dt_bias, exits, sums, length, chunk, chunks,
+            *((0, 0) if z is None else z.stride()[:2]), *dt.stride()[:2], int(reverse),
+            E=channels, N=states, BE=width, STAGES=STAGES,
+            **options(1, registers=FORWARD.registers),
         )  # fmt: skip
     combine(exits[None], sums[None], A[None], grad_last[None], d_first[None], None, [not reverse])
     return exits, d_first, sums

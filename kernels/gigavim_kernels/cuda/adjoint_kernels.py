@@ -1,4 +1,4 @@
-"""The gradients of the scan, from its inputs and the states at which chunks are entered.
+"""The gradients of the scan, from its inputs and the states that it marked every MARK tokens.
 
 With l_t = dL/dh_t and g_t = dL/d(C_t . h_t) the adjoint recurrence runs against the scan:
 
@@ -6,8 +6,9 @@ With l_t = dL/dh_t and g_t = dL/d(C_t . h_t) the adjoint recurrence runs against
 
 1. `chunk_adjoints`: every chunk from zero: what it adds to dL/dh at its entry.
 2. `scan_kernels.combine`, against the scan: dL/dh at the exit of every chunk.
-3. `chunk_gradients`: hidden states again, groups of U tokens from the last to the first, and with
-   them all gradients. The states at which the groups are entered lie in a scratch tensor meanwhile.
+3. `chunk_gradients`: from the last mark of a chunk to the first: the states between two marks, one
+   of every U kept in a scratch tensor, which is small enough to stay in the second-level cache;
+   then groups of U tokens from the last to the first with all gradients.
 
 Sums over tokens are kept per chunk and sums over channels per block of channels; the caller adds
 them up in a fixed order, so that two runs give the same bits. Names as in `scan_kernels`.
@@ -17,15 +18,15 @@ import triton
 import triton.language as tl
 
 from gigavim_kernels.cuda.arithmetic import (
+    LOG2_E,
     advance,
-    exponents,
+    channels,
+    halves,
+    lanes,
     load_states,
-    row,
     sigmoid,
     softplus,
-    step_size,
     store_states,
-    zeros,
 )
 from gigavim_kernels.cuda.launch import SIZES
 
@@ -33,60 +34,30 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def output_gradient(
-    p_dy: tl.tensor,
-    p_z: tl.tensor,
-    s_zt: tl.tensor,
-    t: tl.tensor,
-    E: tl.tensor,
-    o_e: tl.tensor,
-    m_e: tl.tensor,
-) -> tl.tensor:
-    """Gradient of a token's outputs before the gate."""
-    g = row(p_dy + t * E, o_e, m_e)
-    if p_z is not None:
-        z = row(p_z + t * s_zt, o_e, m_e)
-        g *= z * sigmoid(z)
-    return g
+def _exchange(rows: tl.tensor, STEP: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+    """Lanes STEP apart share 2 HALF rows of 32 numbers: each keeps HALF of them, summed."""
+    lane = tl.arange(0, 32)
+    upper = ((lane & STEP) != 0)[None, :]
+    low, high = tl.split(tl.permute(tl.reshape(rows, (2, HALF, 32)), (1, 2, 0)))
+    partner = tl.broadcast_to((lane ^ STEP)[None, :], (HALF, 32))
+    given = tl.gather(tl.where(upper, low, high), partner, 1)
+    return tl.where(upper, high, low) + given
 
 
 @triton.jit
-def retreat(
-    adjoint: tl.tensor,
-    a: tl.tensor,
-    delta: tl.tensor,
-    g: tl.tensor,
-    p_c: tl.tensor,
-    N: tl.constexpr,
-) -> tl.tensor:
-    """One step of the adjoint recurrence: exp(A delta) (l + g C)."""
-    new = ()
-    for n in tl.static_range(N):
-        c = tl.load(p_c + n).to(tl.float32)
-        new = new + (tl.exp2(a[n] * delta) * (adjoint[n] + g * c),)  # noqa: RUF005
-    return new
-
-
-@triton.jit
-def sum_lanes(values: tl.tensor, N: tl.constexpr) -> tl.tensor:
+def sum_lanes(rows: tl.tensor, N: tl.constexpr) -> tl.tensor:
     """Sum each of N rows of 32 numbers over its lanes: lane i returns the sum of row i N // 32.
 
     Lanes pair up and each keeps half of the rows: as many exchanges as rows, in place of five each.
     """
-    lane = tl.arange(0, 32)
     for s in tl.static_range(5):
-        partner = lane ^ (16 >> s)
-        upper = (lane & (16 >> s)) != 0
         if (N >> s) > 1:
-            kept = ()
-            for i in tl.static_range(N >> (s + 1)):
-                low, high = values[i], values[i + (N >> (s + 1))]
-                given = tl.gather(tl.where(upper, low, high), partner, 0)
-                kept = kept + (tl.where(upper, high, low) + given,)  # noqa: RUF005
-            values = kept
-        else:
-            values = (values[0] + tl.gather(values[0], partner, 0),)
-    return values[0]
+            rows = _exchange(rows, 16 >> s, N >> (s + 1))
+    row = tl.reshape(rows, (32,))
+    for s in tl.static_range(5):
+        if (N >> s) <= 1:
+            row += tl.gather(row, tl.arange(0, 32) ^ (16 >> s), 0)
+    return row
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -94,60 +65,61 @@ def chunk_adjoints(
     p_dy: tl.tensor,  # (B, L, E)
     p_z: tl.tensor,
     p_dt: tl.tensor,
+    p_bc: tl.tensor,
     p_a: tl.tensor,  # (E, N)
-    p_c: tl.tensor,
     p_bias: tl.tensor,
     p_ends: tl.tensor,  # (B, K, N, E)
     p_sums: tl.tensor,  # (B, K, E)
     length: tl.tensor,
     chunk: tl.tensor,
     chunks: tl.tensor,
-    E: tl.tensor,
     s_zb: tl.tensor,
     s_zt: tl.tensor,
     s_dtb: tl.tensor,
     s_dtt: tl.tensor,
-    s_cb: tl.tensor,
-    s_ct: tl.tensor,
     reverse: tl.tensor,
+    E: tl.constexpr,
     N: tl.constexpr,
     BE: tl.constexpr,
-    U: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """dL/dh at the entry of one chunk if nothing came from behind its exit; its sum of steps."""
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
     i_chunk = (tl.program_id(0) // tl.cdiv(E, BE)).to(tl.int64)  # over (B, K)
     i_k = i_chunk % chunks
     i_b = i_chunk // chunks
-    o_e = i_e * BE + tl.arange(0, BE)
-    m_e = o_e < E
+    o_e = channels(i_e, E, BE)
+    o_lane = lanes(i_e, E, BE)
+    a = load_states(p_a, o_lane * N, 1, N, BE) * LOG2_E
+    bias = tl.load(p_bias + o_e) if p_bias is not None else 0.0
+
     start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
-    p_dy += i_b * length * E
-    p_z = p_z + i_b * s_zb if p_z is not None else p_z
-    p_dt += i_b * s_dtb
-    p_c += i_b * s_cb
-    a = exponents(p_a, o_e, m_e, N)
-    bias = row(p_bias, o_e, m_e) if p_bias is not None else 0.0
-    total = tl.zeros([BE], tl.float32)
-    adjoint = zeros(total, N)
     last = start + (1 - reverse) * (steps - 1)
-    sense = 1 - 2 * reverse
-    for i in range(0, steps // U):
-        for u in tl.static_range(U):
-            t = last - sense * (i * U + u)
-            delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-            g = output_gradient(p_dy, p_z, s_zt, t, E, o_e, m_e)
-            adjoint = retreat(adjoint, a, delta, g, p_c + t * s_ct, N)
-            total += delta
-    for i in range(steps // U * U, steps):
-        t = last - sense * i
-        delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-        g = output_gradient(p_dy, p_z, s_zt, t, E, o_e, m_e)
-        adjoint = retreat(adjoint, a, delta, g, p_c + t * s_ct, N)
+    sense = 2 * reverse - 1
+    p_dy += (i_b * length + last) * E
+    p_dt += i_b * s_dtb + last * s_dtt
+    p_bc += (i_b * length + last) * 2 * N
+    if p_z is not None:
+        p_z += i_b * s_zb + last * s_zt
+    total = tl.zeros([BE], tl.float32)
+    adjoint = tl.zeros([N, BE], tl.float32)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        g = tl.load(p_dy + o_e).to(tl.float32)
+        dt = tl.load(p_dt + o_e).to(tl.float32)
+        _b, c = halves(tl.load(p_bc + tl.arange(0, 2 * N)), N)
+        if p_z is not None:
+            z = tl.load(p_z + o_e).to(tl.float32)
+            g *= z * sigmoid(z)
+            p_z += sense * s_zt
+        delta = softplus(dt + bias)
+        adjoint = tl.exp2(a * delta[None, :]) * (adjoint + g[None, :] * c[:, None])
         total += delta
-    store_states(p_ends + i_chunk * N * E, o_e, m_e, E, adjoint, N)
-    tl.store(p_sums + i_chunk * E + o_e, total, mask=m_e)
+        p_dy += sense * E
+        p_dt += sense * s_dtt
+        p_bc += sense * 2 * N
+    store_states(p_ends + i_chunk * N * E, o_lane, E, adjoint, N)
+    tl.store(p_sums + i_chunk * E + o_e, total)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -156,20 +128,18 @@ def chunk_gradients(
     p_x: tl.tensor,
     p_z: tl.tensor,
     p_dt: tl.tensor,
+    p_bc: tl.tensor,
     p_a: tl.tensor,  # (E, N)
-    p_b: tl.tensor,
-    p_c: tl.tensor,
     p_d: tl.tensor,
     p_bias: tl.tensor,
-    p_starts: tl.tensor,  # (B, K, N, E), the states at which chunks are entered
-    p_exits: tl.tensor,  # (B, K, N, E), dL/dh at their exits
+    p_marks: tl.tensor,  # (B, tokens / MARK, N, E)
+    p_exits: tl.tensor,  # (B, K, N, E), dL/dh at the exits of the chunks
     p_each: tl.tensor,  # (B, E), added to the gradient of every step, or None
-    p_scratch: tl.tensor,  # (B, K, groups, N, E)
+    p_scratch: tl.tensor,  # (programs, MARK / U, N, BE)
     p_dx: tl.tensor,  # (B, L, E)
     p_ddt: tl.tensor,  # (B, L, E)
     p_dz: tl.tensor,  # (B, L, E) or None
-    p_db: tl.tensor,  # (blocks of channels, B, L, N)
-    p_dc: tl.tensor,  # (blocks of channels, B, L, N)
+    p_dbc: tl.tensor,  # (blocks of channels, B, L, 2 N)
     p_da: tl.tensor,  # (B, K, N, E)
     p_dd: tl.tensor,  # (B, K, E)
     p_dbias: tl.tensor,  # (B, K, E)
@@ -178,21 +148,19 @@ def chunk_gradients(
     batch: tl.tensor,
     chunk: tl.tensor,
     chunks: tl.tensor,
-    E: tl.tensor,
     s_xb: tl.tensor,
     s_xt: tl.tensor,
     s_zb: tl.tensor,
     s_zt: tl.tensor,
     s_dtb: tl.tensor,
     s_dtt: tl.tensor,
-    s_bb: tl.tensor,
-    s_bt: tl.tensor,
-    s_cb: tl.tensor,
-    s_ct: tl.tensor,
     reverse: tl.tensor,
+    E: tl.constexpr,
     N: tl.constexpr,
     BE: tl.constexpr,
     U: tl.constexpr,
+    MARK: tl.constexpr,
+    STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
     """All gradients of one chunk."""
@@ -200,109 +168,100 @@ def chunk_gradients(
     i_chunk = (tl.program_id(0) // tl.cdiv(E, BE)).to(tl.int64)  # over (B, K)
     i_k = i_chunk % chunks
     i_b = i_chunk // chunks
-    o_e = i_e * BE + tl.arange(0, BE)
-    m_e = o_e < E
-    o_n = tl.arange(0, BE) * N // BE
+    lane = tl.arange(0, BE)
+    o_e = lanes(i_e, E, BE)
+    once = i_e * BE + lane < E  # a channel that stands twice counts once in sums over channels
+    o_bc = tl.arange(0, 2 * N)
+    o_sum = lane * N // BE  # where sum_lanes leaves which sum
+    m_sum = lane % (BE // N) == 0
     start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
-    p_dy += i_b * length * E
-    p_dx += i_b * length * E
-    p_ddt += i_b * length * E
-    p_x += i_b * s_xb
-    p_dt += i_b * s_dtb
-    p_b += i_b * s_bb
-    p_c += i_b * s_cb
-    if p_z is not None:
-        p_z += i_b * s_zb
-        p_dz += i_b * length * E
-    p_db += (i_e.to(tl.int64) * batch + i_b) * length * N
-    p_dc += (i_e.to(tl.int64) * batch + i_b) * length * N
-    p_scratch += i_chunk * tl.cdiv(chunk, U) * N * E
-    a = exponents(p_a, o_e, m_e, N)
-    bias = row(p_bias, o_e, m_e) if p_bias is not None else 0.0
-    skip = row(p_d, o_e, m_e) if p_d is not None else 0.0
-    each = row(p_each + i_b * E, o_e, m_e) if p_each is not None else 0.0
     first = start + reverse * (steps - 1)
-    sense = 1 - 2 * reverse
-    groups = tl.cdiv(steps, U)
+    sense = (1 - 2 * reverse).to(tl.int64)
+    p_dy += (i_b * length + first) * E + o_e
+    p_dx += (i_b * length + first) * E + o_e
+    p_ddt += (i_b * length + first) * E + o_e
+    p_x += i_b * s_xb + first * s_xt + o_e
+    p_dt += i_b * s_dtb + first * s_dtt + o_e
+    p_bc += (i_b * length + first) * 2 * N
+    p_dbc += ((i_e.to(tl.int64) * batch + i_b) * length + first) * 2 * N + o_sum
+    p_marks += (i_b * tl.cdiv(length, MARK) + start // MARK) * N * E
+    p_scratch += tl.program_id(0).to(tl.int64) * (MARK // U) * N * BE
+    if p_z is not None:
+        p_z += i_b * s_zb + first * s_zt + o_e
+        p_dz += (i_b * length + first) * E + o_e
+    a = load_states(p_a, o_e * N, 1, N, BE) * LOG2_E
+    bias = tl.load(p_bias + o_e) if p_bias is not None else 0.0
+    skip = tl.load(p_d + o_e) if p_d is not None else 0.0
+    each = tl.load(p_each + i_b * E + o_e) if p_each is not None else 0.0
 
-    h = load_states(p_starts + i_chunk * N * E, o_e, m_e, E, N)
-    for j in range(0, groups - 1):
-        store_states(p_scratch, o_e, m_e, E, h, N)
-        p_scratch += N * E
-        for u in tl.static_range(U):
-            t = first + sense * (j * U + u)
-            delta = step_size(p_dt + t * s_dtt, bias, o_e, m_e)
-            h = advance(h, a, delta, delta * row(p_x + t * s_xt, o_e, m_e), p_b + t * s_bt, N)
-    store_states(p_scratch, o_e, m_e, E, h, N)
-
-    adjoint = load_states(p_exits + i_chunk * N * E, o_e, m_e, E, N)
+    adjoint = load_states(p_exits + i_chunk * N * E, o_e, E, N, BE)
+    sum_a = tl.zeros([N, BE], tl.float32)
     sum_d = tl.zeros([BE], tl.float32)
     sum_bias = tl.zeros([BE], tl.float32)
-    sum_a = zeros(sum_d, N)
-    for i in range(0, groups):
-        j = groups - 1 - i
-        hidden = (load_states(p_scratch, o_e, m_e, E, N),)
-        p_scratch -= N * E
-        raws, deltas, inputs = (), (), ()
-        for u in tl.static_range(U):
-            # Beyond the end of the chunk: the last token again, with a step of zero.
-            inside = tl.full([BE], j * U + u, tl.int32) < steps
-            t = first + sense * tl.minimum(j * U + u, steps - 1)
-            raw = row(p_dt + t * s_dtt, o_e, m_e) + bias
-            x = row(p_x + t * s_xt, o_e, m_e)
-            delta = tl.where(inside, softplus(raw), 0.0)
-            hidden = hidden + (advance(hidden[u], a, delta, delta * x, p_b + t * s_bt, N),)  # noqa: RUF005
-            raws = raws + (raw,)  # noqa: RUF005
-            deltas = deltas + (delta,)  # noqa: RUF005
-            inputs = inputs + (x,)  # noqa: RUF005
-        for u in tl.static_range(U - 1, -1, -1):
-            inside = tl.full([BE], j * U + u, tl.int32) < steps
-            t = first + sense * tl.minimum(j * U + u, steps - 1)
-            m_t = m_e & inside
-            delta, x = deltas[u], inputs[u]
-            g = row(p_dy + t * E, o_e, m_t)
-            if p_z is not None:
-                dy = g
-                z = row(p_z + t * s_zt, o_e, m_e)
-                gate = sigmoid(z)
-                g *= z * gate
-            d_drive = tl.zeros([BE], tl.float32)
-            d_exponent = tl.zeros([BE], tl.float32)  # of exp2, times delta
-            y = skip * x
-            db = ()
-            dc = ()
-            carried = ()
-            sums = ()
-            for n in tl.static_range(N):
-                b = tl.load(p_b + t * s_bt + n).to(tl.float32)
-                c = tl.load(p_c + t * s_ct + n).to(tl.float32)
-                l = adjoint[n] + g * c  # noqa: E741
-                d_drive += l * b
-                y += hidden[u + 1][n] * c
-                db = db + (l * (delta * x),)  # noqa: RUF005
-                dc = dc + (g * hidden[u + 1][n],)  # noqa: RUF005
-                l = l * tl.exp2(a[n] * delta)  # noqa: E741
-                decayed = l * hidden[u][n]
-                d_exponent += a[n] * decayed
-                sums = sums + (sum_a[n] + delta * decayed,)  # noqa: RUF005
-                carried = carried + (l,)  # noqa: RUF005
-            adjoint = carried
-            sum_a = sums
-            d_raw = (d_drive * x + d_exponent * LN_2 + each) * sigmoid(raws[u])
-            d_x = d_drive * delta + g * skip
-            sum_d += g * x
-            sum_bias += tl.where(inside, d_raw, 0.0)
-            tl.store(p_dx + t * E + o_e, d_x.to(p_dx.dtype.element_ty), mask=m_t)
-            tl.store(p_ddt + t * E + o_e, d_raw.to(p_ddt.dtype.element_ty), mask=m_t)
-            if p_z is not None:
-                d_z = dy * y * gate * (1.0 + z * (1.0 - gate))
-                tl.store(p_dz + t * E + o_e, d_z.to(p_dz.dtype.element_ty), mask=m_t)
-            m_n = inside & (tl.arange(0, BE) % (BE // N) == 0)
-            tl.store(p_db + t * N + o_n, sum_lanes(db, N), mask=m_n)
-            tl.store(p_dc + t * N + o_n, sum_lanes(dc, N), mask=m_n)
-    store_states(p_da + i_chunk * N * E, o_e, m_e, E, sum_a, N)
-    tl.store(p_dd + i_chunk * E + o_e, sum_d, mask=m_e)
-    tl.store(p_dbias + i_chunk * E + o_e, sum_bias, mask=m_e)
+    marks = tl.cdiv(steps, MARK)
+    for i_mark in range(0, marks):
+        mark = marks - 1 - i_mark
+        begin = mark * MARK
+        groups = tl.cdiv(tl.minimum(MARK, steps - begin), U)
+        h = load_states(p_marks + mark.to(tl.int64) * N * E, o_e, E, N, BE)
+        for j in tl.range(0, groups, num_stages=STAGES):
+            store_states(p_scratch + j * N * BE, lane, BE, h, N)
+            for u in tl.static_range(U):
+                t = sense * tl.minimum(begin + j * U + u, steps - 1)
+                x = tl.load(p_x + t * s_xt).to(tl.float32)
+                delta = softplus(tl.load(p_dt + t * s_dtt).to(tl.float32) + bias)
+                b, _c = halves(tl.load(p_bc + t * 2 * N + o_bc), N)
+                h = advance(h, a, delta, x, b)
+        tl.debug_barrier()  # what was stored is copied to shared memory ahead of its use below
+        for i in tl.range(0, groups, num_stages=STAGES):
+            j = groups - 1 - i
+            hidden = (load_states(p_scratch + j * N * BE, lane, BE, N, BE),)
+            tokens = ()
+            for u in tl.static_range(U):
+                # Beyond the end of the chunk: the last token again, with a step of zero.
+                inside = tl.full([BE], begin + j * U + u, tl.int32) < steps
+                t = sense * tl.minimum(begin + j * U + u, steps - 1)
+                x = tl.load(p_x + t * s_xt).to(tl.float32)
+                raw = tl.load(p_dt + t * s_dtt).to(tl.float32) + bias
+                dy = tl.where(inside, tl.load(p_dy + t * E).to(tl.float32), 0.0)
+                z = x
+                if p_z is not None:
+                    z = tl.load(p_z + t * s_zt).to(tl.float32)
+                bc = tl.load(p_bc + t * 2 * N + o_bc)
+                b, _c = halves(bc, N)
+                delta = tl.where(inside, softplus(raw), 0.0)
+                hidden = hidden + (advance(hidden[u], a, delta, x, b),)  # noqa: RUF005
+                tokens = tokens + ((t, inside, x, raw, delta, dy, z, bc),)  # noqa: RUF005
+            for u in tl.static_range(U - 1, -1, -1):
+                t, inside, x, raw, delta, dy, z, bc = tokens[u]
+                b, c = halves(bc, N)
+                g: tl.tensor = dy
+                if p_z is not None:
+                    gate = sigmoid(z)
+                    y = tl.sum(hidden[u + 1] * c[:, None], 0) + skip * x
+                    d_z = dy * y * gate * (1.0 + z * (1.0 - gate))
+                    tl.store(p_dz + t * E, d_z.to(p_dz.dtype.element_ty), mask=inside)
+                    g *= z * gate
+                adjoint += g[None, :] * c[:, None]
+                d_drive = tl.sum(adjoint * b[:, None], 0)
+                d_b = sum_lanes(adjoint * tl.where(once, delta * x, 0.0)[None, :], N)
+                d_c = sum_lanes(hidden[u + 1] * tl.where(once, g, 0.0)[None, :], N)
+                adjoint *= tl.exp2(a * delta[None, :])
+                decayed = adjoint * hidden[u]
+                d_exponent = tl.sum(a * decayed, 0) * LN_2  # a is for exp2
+                sum_a += delta[None, :] * decayed
+                d_raw = (d_drive * x + d_exponent + each) * sigmoid(raw)
+                d_x = d_drive * delta + g * skip
+                sum_d += g * x
+                sum_bias += tl.where(inside, d_raw, 0.0)
+                tl.store(p_dx + t * E, d_x.to(p_dx.dtype.element_ty), mask=inside)
+                tl.store(p_ddt + t * E, d_raw.to(p_ddt.dtype.element_ty), mask=inside)
+                tl.store(p_dbc + t * 2 * N, d_b, mask=inside & m_sum)
+                tl.store(p_dbc + t * 2 * N + N, d_c, mask=inside & m_sum)
+        tl.debug_barrier()  # before the scratch is written again
+    store_states(p_da + i_chunk * N * E, o_e, E, sum_a, N)
+    tl.store(p_dd + i_chunk * E + o_e, sum_d)
+    tl.store(p_dbias + i_chunk * E + o_e, sum_bias)
     if WHOLE:
-        store_states(p_dfirst + i_b * E * N, o_e * N, m_e, 1, adjoint, N)
+        store_states(p_dfirst + i_b * E * N, o_e * N, 1, adjoint, N)

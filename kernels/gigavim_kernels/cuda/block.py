@@ -56,9 +56,9 @@ class CudaBlock:
                 continue
             inner = branch.in_proj[: branch.out_proj.shape[1]]
             x = F.linear(self._norm(branch, stream, left, right), inner)  # (halo + T + halo, E)
-            c, dt, B, _ = self._scan_inputs(d, x)
+            c, dt, bc = self._scan_inputs(d, x)
             first = torch.stack([next(given) for _ in d.reverse])[:, None]  # (S, 1, E, N)
-            last = scan_states(c, dt, d.A, B, d.dt_bias, first, reverse=d.reverse)
+            last = scan_states(c, dt, d.A, bc, d.dt_bias, first, reverse=d.reverse)
             carried += last[:, 0].unbind()
         return tuple(carried)
 
@@ -73,10 +73,10 @@ class CudaBlock:
         for branch in self._branches:
             d, width = branch.directions, branch.out_proj.shape[1]
             xz = F.linear(self._norm(branch, stream, left, right), branch.in_proj)
-            c, dt, B, C = self._scan_inputs(d, xz[:, :width])
+            c, dt, bc = self._scan_inputs(d, xz[:, :width])
             z = xz[None, self.halo : self.halo + len(stream), width:]  # (1, T, E)
             first = torch.stack([next(given[r]) for r in d.reverse])[:, None]
-            scanned = scan(c, dt, d.A, B, C, d.D, z, d.dt_bias, first, reverse=d.reverse)
+            scanned = scan(c, dt, d.A, bc, d.D, z, d.dt_bias, first, reverse=d.reverse)
             carried += [s[0] for s, r in zip(scanned.last, d.reverse) if not r]
             outputs.append((scanned.y[0], branch.out_proj))
         if self._stream_scale != 1:
@@ -98,8 +98,8 @@ class CudaBlock:
             rms_norm(rows, branch.norm_weight, branch.norm_eps, out=out)
         return normed
 
-    def _scan_inputs(self, d: "_Directions", x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Convolve rows x (halo + T + halo, E); return c, dt (S, 1, T, E), B and C (S, 1, T, N)."""
+    def _scan_inputs(self, d: "_Directions", x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolve rows x (halo + T + halo, E); return c, dt (S, 1, T, E), B|C (S, 1, T, 2 N)."""
         c = convolve(
             x[None],
             d.conv_weight,
@@ -109,11 +109,10 @@ class CudaBlock:
             after=self.halo,
         )[:, 0]  # (S, T, E)
         projected = torch.bmm(c, d.x_proj.mT)  # (S, T, padded R + 2 N)
-        rank, states = d.dt_weight.shape[2], d.A.shape[2]
+        rank = d.dt_weight.shape[2]
         dt = torch.bmm(projected[:, :, :rank], d.dt_weight.mT)
-        # Read one number at a time by the scan: converting them once here is cheaper.
-        B, C = projected[:, :, rank:].float().split_with_sizes((states, states), 2)
-        return c[:, None], dt[:, None], B[:, None], C[:, None]
+        bc = projected[:, :, rank:].float().contiguous()
+        return c[:, None], dt[:, None], bc[:, None]
 
 
 @dataclass(frozen=True, slots=True)

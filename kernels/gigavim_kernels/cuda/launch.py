@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIZES = (
-    *("length", "batch", "chunk", "chunks", "before", "after", "rows", "reverse"),
-    *("s_xs", "s_xb", "s_dts", "s_dtb", "s_bs", "s_bb", "s_cb", "s_zb"),
-)
-"""Integers that vary from call to call: a kernel is not compiled anew for their values."""
+SIZES = ("length", "batch", "chunk", "chunks", "before", "after", "rows", "reverse")
+"""Integers that vary from call to call: a kernel is not compiled anew for their values.
+
+Strides are not among them: where they are multiples of 16, several numbers are loaded at once.
+"""
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels.cuda.adjoint import scan_gradients
-from gigavim_kernels.cuda.plan import multiprocessors, plan_scan
-from gigavim_kernels.cuda.scan import scan
+from gigavim_kernels.cuda.scan import MARK, join, scan
 from gigavim_kernels.naive import ScanResult
 
 
@@ -28,17 +28,19 @@ def selective_scan(
 
     y has the dtype of x; the state and everything summed are float32. Gradients flow to every
     tensor from y, state and decay, once differentiable, and two runs give the same bits. Saved for
-    them are the arguments and one state per chunk of the sequence.
+    them are the arguments and one state for every `scan.MARK` tokens.
     """
-    rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C, z)]
+    states = A.shape[1]
+    more = max(2, 1 << (states - 1).bit_length()) - states
+    if more:  # the kernels take powers of two: states that nothing enters change nothing
+        A, B, C = (F.pad(t, (0, more)) for t in (A, B, C))
+        state = None if state is None else F.pad(state, (0, more))
+    rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, z)]
     whole = [None if t is None else t.float().contiguous() for t in (A, D, dt_bias, state)]
-    batch, length, channels = x.shape
-    plan = plan_scan(batch, length, channels, A.shape[1], multiprocessors=multiprocessors(x.device))
-    y, last, decay, _ = _scan(
-        rows[0], rows[1], whole[0], rows[2], rows[3], whole[1], rows[4], *whole[2:],
-        reverse, plan.chunk,
-    )  # fmt: skip
-    return ScanResult(y, last, decay)
+    given = (*rows[:2], whole[0], join(B, C), whole[1], rows[2], *whole[2:])
+    mark = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    y, last, decay, _ = _scan(*given, reverse, mark)
+    return ScanResult(y, last[..., :states], decay[..., :states])
 
 
 @torch.library.custom_op("gigavim::selective_scan", mutates_args=())
@@ -46,36 +48,29 @@ def _scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
     state: Tensor | None,
     reverse: bool,
-    chunk: int,
+    mark: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the last state, the total decay, and the states entering chunks (B, K, N, E)."""
+    """Return y, the last state, the total decay, and the marks (none unless asked for)."""
     found = scan(
         x[None],
         dt[None],
         A[None],
-        B[None],
-        C[None],
+        bc[None],
         None if D is None else D[None],
         z,
         None if dt_bias is None else dt_bias[None],
         None if state is None else state[None],
         reverse=[reverse],
-        chunk=chunk,
+        mark=mark,
     )
-    if found.starts is not None:
-        starts = found.starts[0]
-    elif state is not None:
-        starts = state.mT.clone(memory_format=torch.contiguous_format)[:, None]
-    else:
-        starts = A.new_zeros(x.shape[0], 1, A.shape[1], x.shape[2])
-    return found.y, found.last[0], found.decay[0], starts
+    marks = found.marks[0] if mark else A.new_empty(0)
+    return found.y, found.last[0], found.decay[0], marks
 
 
 @_scan.register_fake
@@ -83,21 +78,19 @@ def _scan_fake(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
     state: Tensor | None,
     reverse: bool,
-    chunk: int,
+    mark: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
-    chunks = max(1, -(-length // chunk))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     last = A.new_empty(batch, channels, A.shape[1])
-    starts = A.new_empty(batch, chunks, A.shape[1], channels)
-    return y, last, torch.empty_like(last), starts
+    marks = A.new_empty(batch, -(-length // MARK), A.shape[1], channels) if mark else A.new_empty(0)
+    return y, last, torch.empty_like(last), marks
 
 
 @torch.library.custom_op("gigavim::selective_scan_backward", mutates_args=())
@@ -108,24 +101,22 @@ def _scan_backward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
     decay: Tensor,
-    starts: Tensor,
+    marks: Tensor,
     reverse: bool,
-    chunk: int,
 ) -> list[Tensor]:
-    """Return the gradients of x, dt, A, B, C, D, z (empty if there is none), dt_bias, state."""
+    """Return the gradients of x, dt, A, bc, D, z (empty if there is none), dt_bias, state."""
     if x.numel() == 0:
-        zeros = [torch.zeros_like(t) for t in (x, dt, A, B, C)]
+        zeros = [torch.zeros_like(t) for t in (x, dt, A, bc)]
         edge = [A.new_zeros(x.shape[2]), torch.zeros_like(x), A.new_zeros(x.shape[2])]
         return [*zeros, *edge, grad_last.clone()]
     found = scan_gradients(
         grad_y.contiguous(), grad_last.contiguous(), grad_decay.contiguous(),
-        x, dt, A, B, C, D, z, dt_bias, decay, starts, chunk=chunk, reverse=reverse,
+        x, dt, A, bc, D, z, dt_bias, decay, marks, reverse=reverse,
     )  # fmt: skip
     return [torch.empty(0, device=x.device) if t is None else t for t in found]
 
@@ -138,34 +129,32 @@ def _scan_backward_fake(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
     decay: Tensor,
-    starts: Tensor,
+    marks: Tensor,
     reverse: bool,
-    chunk: int,
 ) -> list[Tensor]:
     def like(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     channels = A.new_empty(x.shape[2])
     d_z = torch.empty(0, device=x.device) if z is None else like(z)
-    row_gradients = [like(x), like(dt), like(A), like(B), like(C)]
+    row_gradients = [like(x), like(dt), like(A), like(bc)]
     return [*row_gradients, channels, d_z, torch.empty_like(channels), like(grad_last)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.reverse, ctx.chunk = inputs
+    *tensors, ctx.reverse, _ = inputs
     ctx.absent = [t is None for t in tensors]
     ctx.save_for_backward(*tensors[:-1], *output[2:])
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    found = _scan_backward(*grads[:3], *ctx.saved_tensors, ctx.reverse, ctx.chunk)
+    found = _scan_backward(*grads[:3], *ctx.saved_tensors, ctx.reverse)
     kept = (None if absent else t for t, absent in zip(found, ctx.absent))
     return (*kept, None, None)
 

@@ -4,15 +4,38 @@ from dataclasses import dataclass
 
 import torch
 
-REGISTERS = 168
-"""Per thread, at most, in the forward scan: the compiler would take more to load further ahead."""
-RESIDENT_WARPS = 12
-"""Warps per multiprocessor that fit then: 65,536 registers for threads of `REGISTERS`."""
+LANES = 32
+REGISTER_FILE = 65_536
+"""32-bit registers of a multiprocessor."""
 SHORTEST_CHUNK = 64
 """Below, the states at chunk edges cost more traffic than the tokens."""
-LANES = 32
 INTERPRETED_MULTIPROCESSORS = 2
 """Enough for several chunks where Triton's interpreter runs the kernels on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What a family of kernels takes of a multiprocessor; a program is one warp."""
+
+    registers: int
+    """Per thread, at most."""
+    wide: bool
+    """Two channels per lane where their states fit the registers."""
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor holds at once."""
+        return REGISTER_FILE // (self.registers * LANES)
+
+    def block_e(self, channels: int, states: int) -> int:
+        """Channels of a program."""
+        return LANES * (2 if self.wide and states <= 16 and channels > LANES else 1)
+
+
+FORWARD = Kernel(registers=128, wide=True)
+"""The passes with one tile of states."""
+GRADIENT = Kernel(registers=168, wide=False)
+"""The pass with all gradients, which keeps the states of several tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +46,8 @@ class ScanPlan:
     """Tokens that a program scans one after the other."""
     chunks: int
     block_e: int
-    """Channels of a program: lanes of one warp, times channels per lane."""
+    """Channels of a program."""
     blocks_e: int
-    unroll: int
 
 
 def plan_scan(
@@ -35,7 +57,9 @@ def plan_scan(
     states: int,
     *,
     multiprocessors: int,
+    kernel: Kernel = FORWARD,
     chunk: int | None = None,
+    multiple: int = 1,
 ) -> ScanPlan:
     """Choose a plan in which all programs are resident at once and end at the same time.
 
@@ -44,17 +68,19 @@ def plan_scan(
 
     Args:
         batch: independent sequences, directions included where they run side by side.
+        kernel: what will run.
         chunk: tokens per chunk, chosen by size if absent.
+        multiple: the chunk is rounded up to a multiple of this.
     """
-    block_e = LANES * (2 if states <= 16 and channels > LANES else 1)
+    block_e = kernel.block_e(channels, states)
     blocks_e = -(-channels // block_e)
     chains = max(1, batch * blocks_e)
-    wave = multiprocessors * RESIDENT_WARPS
+    wave = multiprocessors * kernel.resident
     if chunk is None:
         cuts = wave // chains if wave >= 2 * chains else 1
         chunk = max(-(-length // cuts), SHORTEST_CHUNK if cuts > 1 else 1)
-    chunk = max(1, min(chunk, length))
-    return ScanPlan(chunk, max(1, -(-length // chunk)), block_e, blocks_e, 4 if chunk >= 4 else 1)
+    chunk = -(-max(1, min(chunk, length)) // multiple) * multiple
+    return ScanPlan(chunk, max(1, -(-length // chunk)), block_e, blocks_e)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""The forward scan of one or both directions: what launches the kernels of `scan_kernels`."""
+"""The scan on a GPU: what launches the kernels of `scan_kernels`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,10 +8,14 @@ from torch import Tensor
 
 from gigavim_kernels.cuda import scan_kernels
 from gigavim_kernels.cuda.launch import on_device_of, options, reverse_bits
-from gigavim_kernels.cuda.plan import REGISTERS, ScanPlan, multiprocessors, plan_scan
+from gigavim_kernels.cuda.plan import FORWARD, ScanPlan, multiprocessors, plan_scan
 
 COMBINE_CHANNELS = 128
 COMBINE_UNROLL = 8
+STAGES = 4
+"""Tokens on their way to shared memory while one is computed, and that one."""
+MARK = 32
+"""Tokens between two states kept for the gradients: 384 bytes a token and direction for Vim-Ti."""
 
 
 class Scanned(NamedTuple):
@@ -23,17 +27,20 @@ class Scanned(NamedTuple):
     """(S, B, E, N) float32, the state after the last token in scan order."""
     decay: Tensor
     """(S, B, E, N) float32, exp(A * sum of steps)."""
-    starts: Tensor | None
-    """(S, B, K, N, E) float32, the states at which chunks are entered; None if there is one."""
-    plan: ScanPlan
+    marks: list[Tensor]
+    """Per direction (B, ceil(L / MARK), N, E) float32, the states every MARK tokens, or empty."""
+
+
+def join(B: Tensor, C: Tensor) -> Tensor:
+    """B and C (..., L, N) as the kernels read them: one row (..., L, 2 N), contiguous float32."""
+    return torch.cat((B, C), -1).float()
 
 
 def scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     D: Tensor | None = None,
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -41,50 +48,55 @@ def scan(
     *,
     reverse: Sequence[bool],
     chunk: int | None = None,
+    mark: bool = False,
 ) -> Scanned:
     """Scan S directions and add their outputs: see `naive.selective_scan` for the terms.
 
     Args:
-        x, dt: (S, B, L, E); B, C: (S, B, L, N); z: (B, L, E), the gate of the sum. Any floating
-            dtype, any strides as long as the last dimension is contiguous.
+        x, dt: (S, B, L, E); z: (B, L, E), the gate of the sum. Any floating dtype, any strides as
+            long as the last dimension is contiguous.
+        bc: (S, B, L, 2 N), see `join`. N is a power of two, at least 2.
         A: (S, E, N); D, dt_bias: (S, E); first: (S, B, E, N). Contiguous float32.
         reverse: for each direction, whether it scans from the last token to the first.
-        chunk: tokens per chunk; chosen by size if absent.
+        chunk: tokens per chunk, chosen by size if absent; with marks rounded up to whole ones.
+        mark: keep states for the gradients.
     """
     directions, batch, length, channels = x.shape
     states = A.shape[-1]
     y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
     last = A.new_empty(directions, batch, channels, states)
+    marks = [
+        A.new_empty(batch, -(-length // MARK), states, channels)
+        for _ in range(directions if mark else 0)
+    ]
     if last.numel() == 0 or length == 0:
         last = last.zero_() if first is None else first.clone()
-        plan = plan_scan(batch, length, channels, states, multiprocessors=1, chunk=1)
-        return Scanned(y, last, torch.ones_like(last), None, plan)
+        return Scanned(y, last, torch.ones_like(last), marks)
     decay = torch.empty_like(last)
-    plan = _plan(x, states, chunk)
+    plan = _plan(x, states, chunk, MARK if mark else 1)
     starts = None
     if plan.chunks > 1:
-        starts = enter_chunks(x, dt, A, B, dt_bias, first, last, decay, reverse, plan)
+        starts = enter_chunks(x, dt, A, bc, dt_bias, first, last, decay, reverse, plan)
     for i in range(directions):
         final = i == directions - 1
         with on_device_of(x):
             scan_kernels.chunk_outputs[(batch * plan.chunks * plan.blocks_e,)](
-                x[i], dt[i], A[i], B[i], C[i], _at(D, i), z if final else None, _at(dt_bias, i),
-                _at(starts, i), _at(first, i), last[i], decay[i], y,
-                length, plan.chunk, plan.chunks, channels,
-                *x.stride()[1:3], *dt.stride()[1:3], *B.stride()[1:3], *C.stride()[1:3],
-                *((0, 0) if z is None else z.stride()[:2]),
+                x[i], dt[i], bc[i], A[i], _at(D, i), z if final else None, _at(dt_bias, i),
+                _at(starts, i), _at(first, i), last[i], decay[i], marks[i] if mark else None, y,
+                length, plan.chunk, plan.chunks,
+                *x.stride()[1:3], *dt.stride()[1:3], *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
-                N=states, BE=plan.block_e, U=plan.unroll,
-                WHOLE=plan.chunks == 1, ADD=i > 0, **options(1, registers=REGISTERS),
+                E=channels, N=states, BE=plan.block_e, STAGES=STAGES, MARK=MARK, ADD=i > 0,
+                **options(1, registers=FORWARD.registers),
             )  # fmt: skip
-    return Scanned(y, last, decay, starts, plan)
+    return Scanned(y, last, decay, marks)
 
 
 def scan_states(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
+    bc: Tensor,
     dt_bias: Tensor | None = None,
     first: Tensor | None = None,
     *,
@@ -95,8 +107,7 @@ def scan_states(
     last = A.new_empty(directions, batch, channels, A.shape[-1])
     if last.numel() == 0 or length == 0:
         return last.zero_() if first is None else first.clone()
-    plan = _plan(x, A.shape[-1], None)
-    enter_chunks(x, dt, A, B, dt_bias, first, last, None, reverse, plan)
+    enter_chunks(x, dt, A, bc, dt_bias, first, last, None, reverse, _plan(x, A.shape[-1], None, 1))
     return last
 
 
@@ -104,7 +115,7 @@ def enter_chunks(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
+    bc: Tensor,
     dt_bias: Tensor | None,
     first: Tensor | None,
     last: Tensor,
@@ -119,11 +130,11 @@ def enter_chunks(
     sums = A.new_empty(directions, batch, plan.chunks, channels)
     with on_device_of(x):
         scan_kernels.chunk_ends[(directions * batch * plan.chunks * plan.blocks_e,)](
-            x, dt, A, B, dt_bias, ends, sums,
-            length, batch, plan.chunk, plan.chunks, channels,
-            *x.stride()[:3], *dt.stride()[:3], *B.stride()[:3],
+            x, dt, bc, A, dt_bias, ends, sums,
+            length, batch, plan.chunk, plan.chunks, *x.stride()[:3], *dt.stride()[:3],
             reverse_bits(reverse),
-            N=states, BE=plan.block_e, U=plan.unroll, **options(1),
+            E=channels, N=states, BE=plan.block_e, STAGES=STAGES,
+            **options(1, registers=FORWARD.registers),
         )  # fmt: skip
     combine(ends, sums, A, first, last, decay, reverse)
     return ends
@@ -143,15 +154,21 @@ def combine(
     blocks = -(-channels // COMBINE_CHANNELS)
     with on_device_of(ends):
         scan_kernels.combine[(directions * batch * states * blocks,)](
-            ends, sums, A, first, last, decay, batch, chunks, channels, reverse_bits(reverse),
-            N=states, BE=COMBINE_CHANNELS, U=COMBINE_UNROLL, **options(4),
+            ends, sums, A, first, last, decay, batch, chunks, reverse_bits(reverse),
+            E=channels, N=states, BE=COMBINE_CHANNELS, U=COMBINE_UNROLL, **options(4),
         )  # fmt: skip
 
 
-def _plan(x: Tensor, states: int, chunk: int | None) -> ScanPlan:
+def _plan(x: Tensor, states: int, chunk: int | None, multiple: int) -> ScanPlan:
     _, batch, length, channels = x.shape
     return plan_scan(
-        batch, length, channels, states, multiprocessors=multiprocessors(x.device), chunk=chunk
+        batch,
+        length,
+        channels,
+        states,
+        multiprocessors=multiprocessors(x.device),
+        chunk=chunk,
+        multiple=multiple,
     )
 
 

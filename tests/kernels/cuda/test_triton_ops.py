@@ -103,9 +103,10 @@ def test_no_tokens(ops, random_scan, device):
 @pytest.mark.parametrize("optional", [True, False])
 def test_the_operator_keeps_torchs_contracts(ops, random_scan, device, optional):
     given = {n: t.to(device) for n, t in random_scan(1, 4, 3, 8, torch.float32).items()}
-    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state")
-    args = [given[n].requires_grad_() if n in names[:5] or optional else None for n in names]
-    torch.library.opcheck(torch.ops.gigavim.selective_scan.default, (*args, False, 2))
+    given["bc"] = torch.cat((given["B"], given["C"]), -1)
+    names = ("x", "dt", "A", "bc", "D", "z", "dt_bias", "state")
+    args = [given[n].requires_grad_() if n in names[:4] or optional else None for n in names]
+    torch.library.opcheck(torch.ops.gigavim.selective_scan.default, (*args, False, True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu)])

@@ -59,6 +59,11 @@ def tiny_card(config: VimConfig, *, mpp: float = 0.5, order: str = "blocks(4)") 
 
 
 @pytest.fixture(scope="session")
+def make_card() -> Callable[..., ModelCard]:
+    return tiny_card
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     torch.manual_seed(7)
     config = VimConfig(

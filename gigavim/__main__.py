@@ -1,0 +1,5 @@
+"""`python -m gigavim` is `gigavim`."""
+
+from gigavim.cli.main import main
+
+main()

@@ -1,0 +1,96 @@
+"""`gigavim train`: a recipe and data to a model folder."""
+
+import logging
+from pathlib import Path
+
+import click
+
+from gigavim.cli import options
+
+
+@click.command("train")
+@click.argument("recipe")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    metavar="PATH",
+    help="Folder below which the recipe finds its pictures, or a file made with --pack.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Checkpoint, logs and the model go here; a checkpoint there is continued."
+    " [default: gigavim_train/NAME]",
+)
+@click.option("--pack", type=click.Path(path_type=Path), metavar="FILE",
+              help="Only pack the data into one file, for training elsewhere.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's.")
+@click.option("--max-minutes", type=click.FloatRange(min=0, min_open=True),
+              help="Set the number of steps so that training takes this long.")  # fmt: skip
+@click.option("--seed", type=int, help="Instead of the recipe's.")
+@click.option("--workers", type=click.IntRange(min=1),
+              help="Batches per step, on a CPU thread each.")  # fmt: skip
+@options.verbosity
+def command(
+    recipe: str,
+    data: Path,
+    output: Path | None,
+    pack: Path | None,
+    device: str,
+    steps: int | None,
+    max_minutes: float | None,
+    seed: int | None,
+    workers: int | None,
+) -> None:
+    """Train a segmentation model by RECIPE: a TOML file, or the name of a shipped one.
+
+    Training can be stopped at any time; the same command goes on from the last checkpoint. At the
+    end OUTPUT/model is a folder that `gigavim segment --model` takes.
+
+    \b
+    Examples:
+      gigavim train histo-nuclei --data /data/histo
+      gigavim train my.toml --data /data --pack my.npz
+      gigavim train my.toml --data my.npz --max-minutes 10 -o runs/my
+      torchrun --nproc-per-node 4 -m gigavim train my.toml --data my.npz
+    """
+    from gigavim.training.recipe import load_recipe
+
+    found = load_recipe(recipe, steps=steps, max_minutes=max_minutes, seed=seed, workers=workers)
+    if not options.is_quiet():
+        _talk()
+    if pack is not None:
+        from gigavim.training.pack import read_pictures, write_pack
+
+        count = write_pack(pack, read_pictures(data, found), found)
+        click.echo(f"{pack}: {count} pictures, {pack.stat().st_size / 1e6:.1f} MB", err=True)
+        return
+    import torch
+
+    from gigavim.training.run import Run, load_data, pick_device
+
+    where = pick_device(device)
+    torch.set_float32_matmul_precision("medium" if where.type == "cpu" else "high")
+    if found.schedule.workers > 1:
+        torch.set_num_threads(1)  # one worker thread per core does better than shared products
+    folder = output or Path("gigavim_train") / found.model.name
+    result = Run(found, load_data(data, found), folder, where).train()
+    if result.metrics:
+        from gigavim.training.score import monitored
+
+        value = monitored(result.metrics, found.loss.monitor)
+        click.echo(f"{result.model}: {found.loss.monitor} {value:.4f} on held-out groups")
+
+
+def _talk() -> None:
+    """Show what the training logs, with the time."""
+    logger = logging.getLogger("gigavim.training")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

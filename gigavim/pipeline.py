@@ -1,0 +1,235 @@
+"""What every run over a slide has in common: open, decide, embed patches, sweep.
+
+open -> model -> grid, tissue, tokens -> plan -> embed -> sweep; what is made of the swept sequence
+is the business of `gigavim.store.build`, and of the writers after it.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gigavim.choice import Choice, choose_model
+from gigavim.config import Settings
+from gigavim.engine.devices import resolve_device, usable_cores
+from gigavim.engine.embed import PatchProjection, embed_slide
+from gigavim.engine.memory import parse_bytes
+from gigavim.engine.plan import Plan, plan_sweep
+from gigavim.engine.sequence import TokenSequence
+from gigavim.engine.sweep import sweep
+from gigavim.errors import OutputError, SlideError
+from gigavim.model.vim import Vim
+from gigavim.progress import Progress
+from gigavim.slides import open_slide
+from gigavim.slides.base import Slide
+from gigavim.tokens.grid import TokenGrid, TokenSelection, make_grid, select_tokens
+from gigavim.tokens.stream import stream_blocks
+from gigavim.tokens.tissue import TissueMask, kept_cells, tissue_mask
+from gigavim_kernels.backends import Precision, resolve_precision
+
+MOST_READERS = 8
+NORM_TOKENS = 4096
+MOST_WRITING_BYTES = 350_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything decided about a slide before work starts."""
+
+    slide: Slide
+    choice: Choice
+    grid: TokenGrid
+    tissue: TissueMask
+    selection: TokenSelection
+    device: torch.device
+    precision: Precision
+    threads: int
+    readers: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """The sequence after the encoder, its final norm included."""
+
+    sequence: TokenSequence
+    unreadable: npt.NDArray[np.bool_]
+    """(rows, cols) which tokens lie on pixels that could not be read."""
+
+
+class Stopwatch:
+    """Wall seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's time to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+def open_input(path: Path, settings: Settings) -> Slide:
+    """Open a slide as the settings correct it."""
+    channels = settings.input.channels
+    picked = (channels[0], channels[1], channels[2]) if len(channels) == 3 else None
+    return open_slide(path, mpp=settings.input.slide_mpp or None, channels=picked)
+
+
+def prepare(slide: Slide, settings: Settings, *, scratch: Path | None, watch: Stopwatch) -> Job:
+    """Choose the model, the tokens and the plan; errors as of `gigavim.segment`."""
+    compute = settings.compute
+    device = resolve_device(compute.device)
+    precision = resolve_precision(compute.precision, device)
+    choice = choose_model(slide, settings.model)
+    config, threads = choice.model.encoder.config, compute.threads or usable_cores()
+    grid = make_grid(
+        slide,
+        mpp=choice.mpp,
+        patch_px=config.patch_px,
+        stride_px=config.stride_px,
+        order=choice.card.scan_order,
+    )
+    with watch.stage("tissue"):
+        mode = settings.tokens.tissue
+        tissue = tissue_mask(slide, mode=mode if mode in ("auto", "none") else Path(mode))
+        selection = _tokens(slide, grid, tissue, settings.tokens.min_tissue)
+    readers = settings.tokens.num_workers or min(usable_cores(), MOST_READERS)
+    with watch.stage("plan"):
+        plan = plan_sweep(
+            len(selection) + config.class_tokens,
+            choice.model.encoder.block_weights(),
+            device=device,
+            precision=precision,
+            max_memory_bytes=_limit(compute.max_memory),
+            max_gpu_memory_bytes=_limit(compute.max_gpu_memory),
+            scratch_dir=scratch,
+            threads=threads,
+            other_bytes=_other_bytes(grid, readers, settings.tokens.block_px),
+        )
+    return Job(slide, choice, grid, tissue, selection, device, precision, threads, readers, plan)
+
+
+@contextmanager
+def swept(
+    job: Job, settings: Settings, scratch: Path, watch: Stopwatch, progress: Progress
+) -> Iterator[Swept]:
+    """Embed the slide's patches and run the encoder over them; the sequence is freed at the end."""
+    encoder = job.choice.model.encoder
+    with TokenSequence(
+        job.plan.tokens,
+        encoder.config.d_model,
+        location=job.plan.location,
+        device=job.device,
+        scratch_dir=scratch,
+    ) as sequence:
+        with watch.stage("read"):
+            unreadable = _embed(job, settings, sequence, progress)
+        depth = len(encoder.block_weights())
+        with watch.stage("encode"), progress.stage("encode", len(sequence), "tokens") as advance:
+            sweep(
+                sequence,
+                encoder.block_weights(),
+                device=job.device,
+                precision=job.precision,
+                chunk=job.plan.chunk,
+                threads=job.threads,
+                progress=lambda tokens: advance(tokens / depth),
+            )
+            _normalise(sequence, encoder)
+        yield Swept(sequence, unreadable)
+
+
+def scratch_parent(settings: Settings) -> Path:
+    """Where working files go."""
+    chosen = settings.compute.scratch_dir
+    return Path(chosen) if chosen else Path(settings.output.directory)
+
+
+@contextmanager
+def scratch_folder(settings: Settings) -> Iterator[Path]:
+    """A folder for working files, removed at the end."""
+    parent = scratch_parent(settings)
+    with ExitStack() as stack:
+        try:
+            scratch = tempfile.TemporaryDirectory(prefix=".scratch-", dir=parent)
+            folder = stack.enter_context(scratch)
+        except OSError as error:
+            raise OutputError(
+                f"{parent}: no working files can be made there ({error.strerror}); name an existing"
+                " folder with --scratch-dir."
+            ) from error
+        yield Path(folder)
+
+
+def _tokens(slide: Slide, grid: TokenGrid, tissue: TissueMask, min_tissue: float) -> TokenSelection:
+    kept = kept_cells(grid, tissue, min_tissue=min_tissue)
+    if not kept.any():
+        raise SlideError(
+            f"{slide.path}: no tissue found, so there is nothing to segment. If the slide is not"
+            " empty, use --tissue none, or give a mask with --tissue FILE."
+        )
+    return select_tokens(grid, kept)
+
+
+def _embed(
+    job: Job, settings: Settings, sequence: TokenSequence, progress: Progress
+) -> npt.NDArray[np.bool_]:
+    card, encoder, grid = job.choice.card, job.choice.model.encoder, job.grid
+    projection = PatchProjection(
+        encoder, card.mean, card.std, device=job.device, precision=job.precision
+    )
+    blocks = stream_blocks(
+        job.slide,
+        grid,
+        job.selection.index >= 0,
+        block_px=settings.tokens.block_px,
+        workers=job.readers,
+    )
+    megapixels = len(job.selection) * grid.stride_px**2 / 1e6
+    with progress.stage("read", megapixels, "Mpx") as advance:
+        return embed_slide(
+            blocks,
+            sequence,
+            encoder,
+            projection,
+            grid,
+            job.selection,
+            source=job.slide.path,
+            max_unreadable=settings.output.max_unreadable,
+            progress=lambda pixels: advance(pixels / 1e6),
+        )
+
+
+def _normalise(sequence: TokenSequence, encoder: Vim) -> None:
+    """Apply the final norm in place."""
+    norm = encoder.norm_f.to(sequence.device)
+    with torch.inference_mode():
+        for start in range(0, len(sequence), NORM_TOKENS):
+            stop = min(start + NORM_TOKENS, len(sequence))
+            sequence.store(start, norm(sequence.rows(start, stop)))
+            sequence.release(start, stop)
+
+
+def _limit(text: str) -> int | None:
+    return None if text == "auto" else parse_bytes(text)
+
+
+def _other_bytes(grid: TokenGrid, readers: int, block_px: int) -> int:
+    """RAM beside the encoder's: the larger of reading and writing, and the maps of cells."""
+    # Blocks in flight, each with its source and its resampled pixels.
+    reading = (2 * readers + 2) * block_px**2 * 3 * 2
+    # Polygons open across tile rows: measured 0.3 GB for 4e8 map pixels full of nuclei.
+    writing = min(grid.frame.width_px * grid.frame.height_px, MOST_WRITING_BYTES)
+    return max(reading, writing) + grid.rows * grid.cols * (8 + 4 + 2)

@@ -1,0 +1,194 @@
+"""A store out of a swept sequence: labels, embeddings and masks, each streamed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from gigavim.config import Settings
+from gigavim.engine.decode import decode_strips
+from gigavim.model.sequence import patch_slots
+from gigavim.names import as_text
+from gigavim.outputs.atomic import explained
+from gigavim.outputs.labels import Coverage, LabelStore
+from gigavim.outputs.overlay import MAX_PX
+from gigavim.pipeline import Job, Stopwatch, Swept
+from gigavim.progress import Progress
+from gigavim.provenance import provenance
+from gigavim.store import layout
+from gigavim.store.reader import EmbeddingStore
+from gigavim.store.tokens import TokenWriter, write_index, write_pooled
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a store shall hold beside the label map."""
+
+    embeddings: bool
+    thumbnail: bool
+    dtype: layout.EmbeddingType = "float16"
+    probabilities: bool = False
+
+
+def build_store(
+    folder: Path,
+    job: Job,
+    run: Swept,
+    settings: Settings,
+    content: Content,
+    *,
+    watch: Stopwatch,
+    progress: Progress,
+) -> EmbeddingStore:
+    """Fill an empty folder with what the swept sequence says.
+
+    Memory holds a strip of the map, or a shard of tokens, at a time.
+
+    Raises:
+        OutputError: the disk refuses, or an embedding does not fit float16.
+    """
+    with explained(folder):
+        root = zarr.create_group(folder, overwrite=True)
+        pools: tuple[int, ...] = ()
+        with watch.stage("decode"):
+            _write_labels(folder / "map", job, run, progress)
+        with watch.stage("store"):
+            _write_pictures(root, job, with_thumbnail=content.thumbnail)
+            if content.embeddings:
+                pools = _write_embeddings(root, job, run, content, progress)
+        layout.write_info(root, _info(job, settings, run, content, pools, watch))
+    return EmbeddingStore.open(folder)
+
+
+def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> None:
+    grid, model, frame = job.grid, job.choice.model, job.grid.frame
+    sequence, home = run.sequence, run.sequence.device
+    count, kind = len(job.selection), model.encoder.config.class_token
+    head = model.head.to(home)
+    labels = LabelStore.create(
+        folder,
+        height=frame.height_px,
+        width=frame.width_px,
+        cell_px=grid.stride_px,
+        cells_hw=(grid.rows, grid.cols),
+        lasting=True,
+    )
+
+    def gather(index: Tensor) -> Tensor:
+        return sequence.gather(patch_slots(index, count, kind))
+
+    def decoder(tokens: Tensor) -> Tensor:
+        logits: Tensor = head(tokens)
+        return logits
+
+    classes = len(job.choice.card.classes)
+    with torch.inference_mode(), progress.stage("decode", count, "tokens") as advance:
+        for strip in decode_strips(gather, decoder, grid, job.selection, classes=classes):
+            labels.write_rows(strip.y, strip.labels)
+            advance(strip.tokens)
+    labels.flush()
+    coverage = np.where(job.selection.index >= 0, Coverage.PREDICTED, Coverage.SKIPPED)
+    coverage[run.unreadable] = Coverage.UNREADABLE
+    labels.write_coverage(0, 0, coverage.astype(np.uint8))
+
+
+def _write_pictures(root: zarr.Group, job: Job, *, with_thumbnail: bool) -> None:
+    mask = job.tissue.mask.astype(np.uint8)
+    layout.create_plain(root, "tissue", mask.shape, "uint8", ("y", "x"))[...] = mask
+    if with_thumbnail:
+        picture = job.slide.thumbnail(MAX_PX)
+        layout.create_plain(root, "thumbnail", picture.shape, "uint8", ("y", "x", "rgb"))[...] = (
+            picture
+        )
+
+
+def _write_embeddings(
+    root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress
+) -> tuple[int, ...]:
+    model, grid = job.choice.model, job.grid
+    writer = TokenWriter(
+        root, run.sequence, model, grid, job.selection, dtype=content.dtype,
+        probabilities=content.probabilities,
+    )  # fmt: skip
+    pools = layout.pool_factors(grid.rows, grid.cols)
+    write_index(root, job.selection.index)
+    with torch.inference_mode(), progress.stage("store", len(job.selection), "tokens") as advance:
+        share = 0.5 if pools else 1.0
+        writer.write(lambda tokens: advance(tokens * share))
+        if pools:
+            write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)))
+    return pools
+
+
+def _info(
+    job: Job,
+    settings: Settings,
+    run: Swept,
+    content: Content,
+    pools: tuple[int, ...],
+    watch: Stopwatch,
+) -> layout.StoreInfo:
+    slide, grid, config = job.slide, job.grid, job.choice.model.encoder.config
+    bounds, level0 = slide.bounds, slide.levels[0]
+    return layout.StoreInfo(
+        version=(layout.MAJOR, layout.MINOR),
+        slide=layout.SlideInfo(
+            name=as_text(slide.path.name),
+            path=as_text(slide.path.absolute()),
+            fingerprint=slide.fingerprint(),
+            bounds_level0=(
+                bounds.x_level0, bounds.y_level0, bounds.width_level0, bounds.height_level0
+            ),
+            size_level0=(level0.width, level0.height),
+        ),
+        frame=layout.FrameInfo.of(grid.frame),
+        grid=layout.GridInfo(
+            rows=grid.rows,
+            cols=grid.cols,
+            patch_px=grid.patch_px,
+            stride_px=grid.stride_px,
+            order=str(grid.order),
+        ),
+        tissue=layout.FrameInfo.of(job.tissue.frame),
+        classes=job.choice.card.classes,
+        tokens=len(job.selection),
+        width=config.d_model,
+        has_embeddings=content.embeddings,
+        pools=pools,
+        slide_embedding="class_tokens" if config.class_tokens else "mean",
+        facts=_facts(job, settings, int(run.unreadable.sum()), watch),
+    )  # fmt: skip
+
+
+def _facts(job: Job, settings: Settings, unreadable: int, watch: Stopwatch) -> dict[str, Any]:
+    """What a summary says beyond the map itself."""
+    frame, grid = job.grid.frame, job.grid
+    return {
+        "slide": as_text(job.slide.path),
+        "warnings": list(job.choice.warnings),
+        "map": {
+            "width_px": frame.width_px,
+            "height_px": frame.height_px,
+            "mpp_x": frame.mpp_x,
+            "mpp_y": frame.mpp_y,
+            "x_level0": frame.x_level0,
+            "y_level0": frame.y_level0,
+            "scale_x": frame.scale_x,
+            "scale_y": frame.scale_y,
+        },
+        "tokens": {
+            "count": len(job.selection),
+            "grid": [grid.rows, grid.cols],
+            "patch_px": grid.patch_px,
+            "stride_px": grid.stride_px,
+            "order": str(grid.order),
+            "unreadable": unreadable,
+        },
+        "plan": job.plan.describe(),
+        "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+        "provenance": provenance(job.slide, job.choice, job.plan, settings),
+    }

@@ -1,0 +1,79 @@
+"""SHA-256 of every file of a store, in the form that `sha256sum --check` reads."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gigavim.errors import StoreError
+from gigavim.outputs.atomic import explained
+from gigavim.store.layout import CHECKSUMS
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of a finished store into it.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    with explained(folder / CHECKSUMS):
+        lines = [f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)]
+        (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, relative to the store.
+
+    Raises:
+        StoreError: they are missing or damaged.
+    """
+    path = folder / CHECKSUMS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: the store's checksums cannot be read") from error
+    found = {}
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise StoreError(f"{path}: is damaged: {line[:80]!r} is no checksum")
+        found[name] = digest
+    return found
+
+
+def check_files(
+    folder: Path, *, advance: Callable[[float], object] = lambda files: None
+) -> list[str]:
+    """What is wrong with a store's files: one line each; nothing where all is well.
+
+    Raises:
+        StoreError: there are no checksums.
+    """
+    recorded = read_checksums(folder)
+    problems = [
+        f"{name}: is not part of the store" for name in _files(folder) if name not in recorded
+    ]
+    for name, digest in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: is missing")
+        else:
+            try:
+                if _sha256(path) != digest:
+                    problems.append(f"{name}: has changed")
+            except OSError as error:
+                problems.append(f"{name}: cannot be read ({error.strerror})")
+        advance(1)
+    return problems
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Files of a store in a fixed order, relative to it."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != CHECKSUMS:
+            yield name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,117 @@
+"""All pictures of a training in one block of device memory, sampled at any place and scale.
+
+Colours come from a pyramid of halved copies by bilinear interpolation, labels from the full
+resolution by nearest neighbour. Everything is a batched gather, so that a GPU draws its own data.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gigavim.training.pack import Picture
+
+LEVELS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The pictures at one resolution, one after the other."""
+
+    rgb: Tensor
+    """(pixels, 3) uint8."""
+    start: Tensor
+    """(pictures,) int64: the first pixel of each."""
+    size_hw: Tensor
+    """(pictures, 2) int64."""
+
+
+class Atlas:
+    """Pictures on a device."""
+
+    def __init__(self, pictures: Sequence[Picture], device: torch.device) -> None:
+        self.device = device
+        self.groups = tuple(p.group for p in pictures)
+        self.mpp = torch.tensor([p.mpp for p in pictures], device=device)
+        planes = [torch.tensor(p.image).to(device).permute(2, 0, 1) for p in pictures]
+        levels = [_level(planes, device)]
+        for _ in range(1, LEVELS):
+            planes = [_halved(plane) for plane in planes]
+            levels.append(_level(planes, device))
+        self.levels = tuple(levels)
+        self.labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures]).to(device)
+
+    @property
+    def size_hw(self) -> Tensor:
+        """(pictures, 2) int64 in stored pixels."""
+        return self.levels[0].size_hw
+
+    def sample(
+        self, index: Tensor, size_hw: tuple[int, int], centre_yx: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cut a window out of each of n pictures; beyond its border a picture is mirrored.
+
+        Args:
+            index: (n,) int64, which pictures.
+            size_hw: of the windows.
+            centre_yx: (n, 2), the middle of each window in pixels of its picture.
+            step: (n, 2, 2), stored pixels (y, x) that a window's pixel step in (y, x) makes.
+
+        Returns:
+            (n, 3, h, w) float32, 0 to 255, and labels (n, h, w) uint8.
+        """
+        h, w = size_hw
+        y = torch.arange(h, device=self.device) - (h - 1) / 2
+        x = torch.arange(w, device=self.device) - (w - 1) / 2
+        along_y = step[:, :, 0, None, None] * y[:, None]  # (n, 2, h, 1)
+        place = along_y + step[:, :, 1, None, None] * x + centre_yx[:, :, None, None]
+        place = place - 0.5  # of pixel middles: (n, 2, h, w)
+        scale = float(torch.linalg.det(step).abs().sqrt().mean())
+        level = min(LEVELS - 1, max(0, math.floor(math.log2(scale) + 0.3)))
+        labels = self._nearest(index, place)
+        return self._bilinear(self.levels[level], index, (place + 0.5) / 2**level - 0.5), labels
+
+    def _nearest(self, index: Tensor, place: Tensor) -> Tensor:
+        level = self.levels[0]
+        size = level.size_hw[index][:, :, None, None]
+        y, x = _mirrored(place.round().long(), size).unbind(1)
+        return self.labels[level.start[index][:, None, None] + y * size[:, 1] + x]
+
+    def _bilinear(self, level: Level, index: Tensor, place: Tensor) -> Tensor:
+        size = level.size_hw[index][:, :, None, None]
+        start, width = level.start[index][:, None, None], size[:, 1]
+        below = place.floor()
+        share = (place - below)[..., None]  # (n, 2, h, w, 1)
+        y0, x0 = _mirrored(below.long(), size).unbind(1)
+        y1, x1 = _mirrored(below.long() + 1, size).unbind(1)
+        upper = torch.lerp(
+            level.rgb[start + y0 * width + x0].float(),
+            level.rgb[start + y0 * width + x1].float(),
+            share[:, 1],
+        )
+        lower = torch.lerp(
+            level.rgb[start + y1 * width + x0].float(),
+            level.rgb[start + y1 * width + x1].float(),
+            share[:, 1],
+        )
+        return torch.lerp(upper, lower, share[:, 0]).permute(0, 3, 1, 2)
+
+
+def _mirrored(place: Tensor, size: Tensor) -> Tensor:
+    folded = place.remainder(2 * size)
+    return torch.minimum(folded, 2 * size - 1 - folded)
+
+
+def _halved(plane: Tensor) -> Tensor:
+    mean = F.avg_pool2d(plane[None].float(), 2, ceil_mode=True, count_include_pad=False)
+    return mean[0].round().to(torch.uint8)
+
+
+def _level(planes: Sequence[Tensor], device: torch.device) -> Level:
+    sizes = torch.tensor([plane.shape[1:] for plane in planes], device=device)
+    pixels = sizes.prod(1)
+    rgb = torch.cat([plane.permute(1, 2, 0).reshape(-1, 3) for plane in planes])
+    return Level(rgb, pixels.cumsum(0) - pixels, sizes)

@@ -1,0 +1,265 @@
+"""Labelled pictures in one file: read by a recipe's rules, packed, loaded again.
+
+A packed file is a .npz without pickled objects: JPEG bytes of the pictures, PNG bytes of the
+labels (values are those of the recipe's classes, 255 is ignored), groups, names, resolutions.
+"""
+
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gigavim.errors import OutputError, SettingsError
+from gigavim.training.recipe import IGNORED, DataRecipe, Recipe
+
+log = logging.getLogger(__name__)
+
+FORMAT = "gigavim-pack/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A labelled picture."""
+
+    image: NDArray[np.uint8]
+    """(h, w, 3)"""
+    labels: NDArray[np.uint8]
+    """(h, w)"""
+    group: str
+    name: str
+    mpp: float
+    """Micrometres per pixel."""
+
+
+def read_pictures(root: Path, recipe: Recipe) -> Iterator[Picture]:
+    """Find the pictures of a recipe below a folder, with labels by its rules.
+
+    Raises:
+        SettingsError: there are none, one has no mask or no group, or sizes differ.
+    """
+    data = recipe.data
+    paths = sorted({p for pattern in data.images for p in root.glob(pattern)}, key=_natural)
+    if not paths:
+        raise SettingsError(f"{root}: nothing there matches {' or '.join(data.images)}")
+    keyed: dict[str, list[Path]] = {}
+    for path in paths:
+        match = re.search(data.group_pattern, path.relative_to(root).as_posix())
+        if match is None or not match.groups():
+            raise SettingsError(f"{path}: data.group_pattern finds no key in this path")
+        keyed.setdefault(match[1] if data.stitch_cols else path.as_posix(), []).append(path)
+    for members in keyed.values():
+        match = re.search(data.group_pattern, members[0].relative_to(root).as_posix())
+        assert match is not None
+        group = group_of(match[1], data)
+        if group is None:
+            log.warning("%s is of no group of the recipe: left out", members[0])
+            continue
+        mpp = data.mpp_of.get(match[1], data.mpp)
+        image, mask = _scene(members, data)
+        labels = label_map(image, mask, recipe)
+        name = members[0].relative_to(root).as_posix()
+        yield shrink(Picture(image, labels, group, name, mpp), data.pack_mpp)
+
+
+def group_of(key: str, data: DataRecipe) -> str | None:
+    """The group of a key, None where the recipe lists groups but not this one."""
+    if not data.groups:
+        return key
+    for group, keys in data.groups.items():
+        for wanted in keys:
+            first, dash, last = wanted.partition("-")
+            if wanted == key:
+                return group
+            numbers = (first, key, last)
+            if dash and all(n.isdigit() for n in numbers) and (int(first) <= int(key) <= int(last)):
+                return group
+    return None
+
+
+def label_map(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], recipe: Recipe
+) -> NDArray[np.uint8]:
+    """Turn a mask (h, w) or (h, w, 3) into label values (h, w)."""
+    default = next((i for i, c in enumerate(recipe.classes) if c.is_default), IGNORED)
+    labels = np.full(mask.shape[:2], default, np.uint8)
+    for index, spec in enumerate(recipe.classes):
+        if spec.is_empty_glass:
+            assert recipe.data.glass is not None
+            labels[glass_mask(image, recipe.data.glass)] = index
+    grey = mask if mask.ndim == 2 else None
+    for index, spec in enumerate(recipe.classes):
+        if spec.mask_values:
+            if grey is None:
+                raise SettingsError(f"{spec.name}: mask_values are for masks of one channel")
+            labels[np.isin(grey, spec.mask_values)] = index
+        for colour in spec.mask_rgb:
+            shown = mask if mask.ndim == 3 else np.repeat(mask[..., None], 3, 2)
+            labels[(shown == np.array(colour, np.uint8)).all(-1)] = index
+    return labels
+
+
+def glass_mask(image: NDArray[np.uint8], glass: float) -> NDArray[np.bool_]:
+    """Where an H&E picture (h, w, 3) shows empty glass: bright and colourless after smoothing.
+
+    Smoothed by a Gaussian of 3 parts in 320 of the picture's side (about 1 um in a 40x field of
+    512 px), the darkest channel is at least 0.88 of the glass and the channels differ by at most
+    0.075 of it; specks and holes under 400 such squares (some 45 um2) are dropped. Lumina and fat
+    count as background where they are this empty.
+    """
+    from scipy.ndimage import gaussian_filter
+    from skimage.morphology import remove_small_holes, remove_small_objects
+
+    unit = min(image.shape[:2]) / 320
+    smooth = gaussian_filter(image.astype(np.float32), (3 * unit, 3 * unit, 0))
+    low, high = smooth.min(-1), smooth.max(-1)
+    mask = (low >= 0.88 * glass) & (high - low <= 0.075 * glass)
+    smallest = round(400 * unit**2)
+    mask = remove_small_objects(mask, max_size=smallest)
+    return np.asarray(remove_small_holes(mask, max_size=smallest), np.bool_)
+
+
+def shrink(picture: Picture, mpp: float | None) -> Picture:
+    """Bring a picture that is finer than `mpp` to it by area; labels by nearest."""
+    if mpp is None or picture.mpp > mpp / 1.1:
+        return picture
+    h, w = (max(1, round(side * picture.mpp / mpp)) for side in picture.labels.shape)
+    image = Image.fromarray(picture.image).resize((w, h), Image.Resampling.BOX)
+    labels = Image.fromarray(picture.labels).resize((w, h), Image.Resampling.NEAREST)
+    exact = picture.mpp * picture.labels.shape[0] / h
+    return Picture(np.asarray(image), np.asarray(labels), picture.group, picture.name, exact)
+
+
+def write_pack(target: Path, pictures: Iterator[Picture], recipe: Recipe) -> int:
+    """Write a packed file, whole or not at all; returns how many pictures it holds."""
+    images, labels, facts = [], [], []
+    for picture in pictures:
+        images.append(_encoded(picture.image, "JPEG", quality=recipe.data.pack_quality))
+        labels.append(_encoded(picture.labels, "PNG", optimize=True))
+        facts.append([picture.name, picture.group, picture.mpp])
+    about = {"format": FORMAT, "classes": recipe.class_names, "pictures": facts}
+    part = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+                images=np.frombuffer(b"".join(images), np.uint8),
+                image_bytes=np.array([len(b) for b in images], np.int64),
+                labels=np.frombuffer(b"".join(labels), np.uint8),
+                label_bytes=np.array([len(b) for b in labels], np.int64),
+            )
+        part.replace(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return len(images)
+
+
+def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
+    """Read what `write_pack` wrote; raises `SettingsError` where it is not of this recipe."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(file["about"].tobytes())
+            images = _parts(file["images"], file["image_bytes"])
+            labels = _parts(file["labels"], file["label_bytes"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"{path}: not a packed file ({error})") from error
+    if tuple(about["classes"]) != recipe.class_names:
+        raise SettingsError(f"{path}: packed for the classes {', '.join(about['classes'])}")
+    return [
+        Picture(_decoded(image), _decoded(label), group, name, mpp)
+        for (name, group, mpp), image, label in zip(about["pictures"], images, labels, strict=True)
+    ]
+
+
+def split(pictures: list[Picture], recipe: Recipe) -> tuple[list[Picture], list[Picture]]:
+    """Part pictures into training and validation, group by group; raises `SettingsError`."""
+    held_out = set(recipe.split.validation_groups)
+    there = {p.group for p in pictures}
+    if held_out - there:
+        raise SettingsError(
+            f"split.validation_groups names {', '.join(sorted(held_out - there))}, which the data "
+            f"lack; their groups are {', '.join(sorted(there))}"
+        )
+    if not there - held_out:
+        raise SettingsError("split.validation_groups leaves no group for training")
+    train = [p for p in pictures if p.group not in held_out]
+    return train, [p for p in pictures if p.group in held_out]
+
+
+def of_groups(
+    pictures: list[Picture], groups: str | None, default: tuple[str, ...]
+) -> list[Picture]:
+    """Choose pictures by "a,b" or "all", or the default groups; raises `SettingsError`."""
+    there = {p.group for p in pictures}
+    wanted = there if groups == "all" else set(groups.split(",") if groups else default)
+    if wanted - there or not pictures:
+        raise SettingsError(
+            f"no pictures are of {', '.join(sorted(wanted - there)) or 'any group'}; "
+            f"the data's groups are {', '.join(sorted(there))}"
+        )
+    return [p for p in pictures if p.group in wanted]
+
+
+def _natural(path: Path) -> tuple[str, int, str]:
+    digits = re.search(r"(\d+)$", path.stem)
+    return path.parent.as_posix(), int(digits[1]) if digits else 0, path.name
+
+
+def _scene(paths: list[Path], data: DataRecipe) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    images = [np.asarray(_open(path).convert("RGB")) for path in paths]
+    masks = [_read_mask(path, data.masks) for path in paths]
+    for path, image, mask in zip(paths, images, masks, strict=True):
+        if image.shape[:2] != mask.shape[:2]:
+            raise SettingsError(f"{path}: its mask has {mask.shape[:2]} px, not {image.shape[:2]}")
+    if len(paths) == 1:
+        return images[0], masks[0]
+    cols = data.stitch_cols
+    try:
+        rows = [slice(start, start + cols) for start in range(0, len(paths), cols)]
+        whole = (np.vstack([np.hstack(kind[r]) for r in rows]) for kind in (images, masks))
+        image, mask = whole
+    except ValueError as error:
+        raise SettingsError(f"{paths[0].parent}: the parts do not fit together: {error}") from None
+    return image, mask
+
+
+def _read_mask(image: Path, pattern: str) -> NDArray[np.uint8]:
+    found = sorted(image.parent.glob(pattern.format(stem=image.stem)))
+    if not found:
+        raise SettingsError(f"{image}: no mask {pattern.format(stem=image.stem)} beside it")
+    mask = _open(found[0])
+    return np.asarray(mask.convert("L" if mask.mode in ("1", "L") else "RGB"))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read as a picture ({error})") from error
+    return picture
+
+
+def _encoded(pixels: NDArray[np.uint8], kind: str, **options: int | bool) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _decoded(blob: bytes) -> NDArray[np.uint8]:
+    return np.array(Image.open(io.BytesIO(blob)))
+
+
+def _parts(blob: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[bytes]:
+    ends = np.cumsum(sizes)
+    return [blob[e - s : e].tobytes() for s, e in zip(sizes, ends, strict=True)]

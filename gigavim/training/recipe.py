@@ -1,0 +1,285 @@
+"""Recipes: everything that makes a trained model, in one strict TOML file.
+
+A recipe names no place on a machine: where the data lie is said on the command line. Unknown keys
+and values of the wrong kind are `SettingsError`s that name the key and the file.
+"""
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gigavim.errors import GigavimError, SettingsError
+from gigavim.frames import ClassSpec
+from gigavim.model.config import VimConfig
+from gigavim.tokens.order import ScanOrder
+
+IGNORED = 255
+"""Label of pixels that teach nothing and count nowhere."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[Positive, Positive]
+
+
+class _Section(BaseModel):
+    # Lax only in that a whole number may stand for a float and an array for a tuple, as in TOML.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecipe(_Section):
+    """What is trained, and what its card says."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str
+    licence: str
+    encoder: VimConfig
+    order: str
+    mpp: Positive
+    """Micrometres per pixel at which the model works."""
+    mpp_range: Range
+    mean: tuple[Share, ...]
+    std: tuple[Positive, ...]
+    encoder_weights: str = ""
+    """Encoder weights to start from: an imported folder, safetensors or a published .pth."""
+
+    @field_validator("order")
+    @classmethod
+    def _order_is_known(cls, order: str) -> str:
+        try:
+            return str(ScanOrder.parse(order))
+        except GigavimError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.encoder.class_token != "none":
+            raise ValueError("segmentation is trained without a class token: class_token = 'none'")
+        return self
+
+    @property
+    def scan_order(self) -> ScanOrder:
+        """`order`, parsed."""
+        return ScanOrder.parse(self.order)
+
+
+class ClassRecipe(_Section):
+    """A class and how masks show it."""
+
+    name: str
+    color_rgb: tuple[int, int, int]
+    parent: str | None = None
+    object_type: Literal["annotation", "detection", "none"] = "annotation"
+    mask_values: tuple[int, ...] = ()
+    """Grey values of this class in masks of one channel."""
+    mask_rgb: tuple[tuple[int, int, int], ...] = ()
+    """Colours of this class in colour masks."""
+    is_default: bool = False
+    """What no class claims is this class; without such a class it is ignored."""
+    is_empty_glass: bool = False
+    """Also claims what `data.glass` finds, in place of the default class."""
+
+    @property
+    def spec(self) -> ClassSpec:
+        """The class as a card names it."""
+        return ClassSpec(self.name, self.color_rgb, self.parent, self.object_type)
+
+
+class DataRecipe(_Section):
+    """Pictures with masks, found below the folder that the command line names."""
+
+    images: tuple[str, ...]
+    """Glob patterns."""
+    masks: str
+    """The mask of a picture, from its folder: "../masks/{stem}.*"."""
+    group_pattern: str
+    """A regular expression on the path; what its first bracket finds is the picture's key."""
+    groups: dict[str, tuple[str, ...]] = {}
+    """Group to keys. A key like "5-12" is a range of numbers. Without any, keys are groups."""
+    mpp: Positive
+    """Micrometres per pixel of the pictures as stored."""
+    mpp_of: dict[str, Positive] = {}
+    """Other resolutions, by key."""
+    stitch_cols: Annotated[int, Field(ge=0)] = 0
+    """Pictures of one key, by name, are a cut of one scene row by row, so many in a row."""
+    pack_mpp: Positive | None = None
+    """Finest resolution worth storing in a packed file."""
+    pack_quality: Annotated[int, Field(ge=50, le=100)] = 92
+    """Of the JPEG pictures in a packed file."""
+    glass: Annotated[float, Field(gt=0, le=255)] | None = None
+    """Grey value of empty glass in the pictures."""
+    source: str
+    """Citation, for the card."""
+    licence: str
+
+
+class SplitRecipe(_Section):
+    """What is held out: whole groups, so that no picture of a held-out slide or place is seen."""
+
+    validation_groups: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class ScheduleRecipe(_Section):
+    """How long and how fast to learn."""
+
+    steps: Count = 4000
+    max_minutes: Positive | None = None
+    """If given, `steps` is set after a short measurement so that the whole run takes this long."""
+    batch_blocks: Count = 64
+    """Blocks of tokens in a step, except where one canvas is larger."""
+    largest_blocks: Count = 64
+    """Blocks of the largest canvas, drawn in the second half; a quarter of it in the first."""
+    peak_rate: Positive = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    final_rate: Share = 0.01
+    """Learning rate at the end as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    clip_norm: Positive = 1.0
+    average: Share = 0.998
+    """Decay of the moving average of the weights, which is what is kept."""
+    drop_path: Share = 0.0
+    half_depth: Share = 0.0
+    """The first part of the training, in which every second layer is left out."""
+    recompute_tokens: Count = 262_144
+    """Batches of more tokens keep only the stream between layers and recompute the rest."""
+    workers: Count = 1
+    """Batches per step, on a thread each; more than one helps on CPUs only."""
+    seed: int = 0
+    validate_every: Count = 500
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Validations without a better score after which training stops; 0: never."""
+
+
+class LossRecipe(_Section):
+    """Weighted cross entropy plus soft Dice."""
+
+    class_weights: tuple[Positive, ...]
+    dice_classes: tuple[str, ...]
+    monitor: str
+    """The score to be best in: "miou", or "dice:" or "iou:" and a class."""
+
+
+class AugmentRecipe(_Section):
+    """What happens to pictures at random."""
+
+    kind: Literal["stain", "colour"]
+    strength: Annotated[float, Field(ge=0, le=3)] = 1.0
+    scale: Range = (0.7, 1.4)
+    """Factors on the pictures' micrometres per pixel, drawn per canvas."""
+    turn_degrees: Annotated[float, Field(ge=0, le=45)] = 15.0
+    """Rotation beyond quarter turns."""
+    stretch: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    blur_px: Annotated[float, Field(ge=0.3, le=2.0)] = 1.1
+    """The largest sigma of the Gaussian blur."""
+    one_group: Share = 0.5
+    """Share of canvases composed of one group only."""
+    glass_class: str | None = None
+    """What empty glass is; without one none is added."""
+    object_class: str | None = None
+    """What a pen stroke hides, and dust must not."""
+    ground_class: str | None = None
+    """What hidden objects become."""
+
+
+class Recipe(_Section):
+    """A recipe; see the modules that use its sections."""
+
+    format: Literal["gigavim-recipe/1"]
+    model: ModelRecipe
+    classes: Annotated[tuple[ClassRecipe, ...], Field(min_length=2, max_length=200)]
+    data: DataRecipe
+    split: SplitRecipe
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    loss: LossRecipe
+    augment: AugmentRecipe
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        names = self.class_names
+        if len(set(names)) != len(names):
+            raise ValueError("two classes have the same name")
+        if len(self.loss.class_weights) != len(names):
+            raise ValueError(f"loss.class_weights needs {len(names)} values, one for each class")
+        kind, _, of = self.loss.monitor.partition(":")
+        if self.loss.monitor != "miou" and (kind not in ("dice", "iou") or of not in names):
+            raise ValueError(f"loss.monitor is {self.loss.monitor!r}: miou, dice:CLASS, iou:CLASS")
+        used = [*self.loss.dice_classes, self.augment.glass_class, self.augment.object_class]
+        for name in (*used, self.augment.ground_class):
+            if name is not None and name not in names:
+                raise ValueError(f"{name!r} is no class; there are {', '.join(names)}")
+        if sum(c.is_default for c in self.classes) > 1:
+            raise ValueError("more than one class is the default")
+        if any(c.is_empty_glass for c in self.classes) and self.data.glass is None:
+            raise ValueError("a class is empty glass, so data.glass must give its grey value")
+        return self
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names in order of label value."""
+        return tuple(c.name for c in self.classes)
+
+    def label(self, name: str | None) -> int | None:
+        """The label value of a class."""
+        return None if name is None else self.class_names.index(name)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes of the package by name."""
+    root = Path(str(resources.files("gigavim") / "training" / "recipes"))
+    return {path.stem: path for path in sorted(root.glob("*.toml"))}
+
+
+def load_recipe(name_or_path: str | Path, **schedule: Any) -> Recipe:
+    """Read a recipe: a file, or the name of a shipped one.
+
+    Args:
+        schedule: values that win over those of its section; None leaves one alone.
+
+    Raises:
+        SettingsError: no such recipe, not TOML, or keys or values that are not allowed.
+    """
+    path = shipped_recipes().get(str(name_or_path), Path(name_or_path))
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(shipped_recipes())
+        raise SettingsError(f"{path}: no such recipe; shipped are {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"{path}: cannot be read: {reason}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}") from None
+    if schedule.get("steps") is not None and schedule.get("max_minutes") is None:
+        values.get("schedule", {}).pop("max_minutes", None)
+    given = {key: value for key, value in schedule.items() if value is not None}
+    if given and isinstance(values.get("schedule", {}), dict):
+        values["schedule"] = values.get("schedule", {}) | given
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        complaints = "; ".join(_complaint(dict(e)) for e in error.errors(include_url=False))
+        raise SettingsError(f"{path}: {complaints}") from None
+    except GigavimError as error:
+        raise SettingsError(f"{path}: {error}") from None
+
+
+def _complaint(item: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(), n=1)
+        return f"unknown key `{place}`" + (f"; did you mean `{near[0]}`?" if near else "")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"`{place}`: {message}" if place else message
+
+
+def _known_keys() -> list[str]:
+    keys = list(Recipe.model_fields)
+    for section in (
+        ModelRecipe, ClassRecipe, DataRecipe, SplitRecipe, ScheduleRecipe, LossRecipe, AugmentRecipe
+    ):  # fmt: skip
+        keys += section.model_fields
+    return keys

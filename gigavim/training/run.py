@@ -1,0 +1,323 @@
+"""A whole training: data, loop, validation, logs, checkpoints, and the model folder at the end."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gigavim.errors import SettingsError
+from gigavim.model.card import ModelCard, TrainingRecord
+from gigavim.model.checkpoint import load_model, save_model
+from gigavim.model.heads import SegmentationModel
+from gigavim.model.vim import Vim
+from gigavim.training import loop, score
+from gigavim.training.atlas import Atlas
+from gigavim.training.canvas import Canvases
+from gigavim.training.encode import silence_odd_layers, tie_rates
+from gigavim.training.pack import Picture, read_pack, read_pictures, split
+from gigavim.training.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 20
+CHECKPOINT_SECONDS = 120.0
+MOSAIC_SIDES = (3, 11, 34)
+"""Pictures a side of the mosaics of the final report; the largest ones on GPUs only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a training left."""
+
+    model: Path
+    metrics: dict[str, float]
+    step: int
+    steps: int
+
+
+def load_data(source: Path, recipe: Recipe) -> list[Picture]:
+    """Read pictures from a packed file, or by the recipe's rules from a folder."""
+    if source.is_dir():
+        return list(read_pictures(source, recipe))
+    return read_pack(source, recipe)
+
+
+def new_model(recipe: Recipe) -> SegmentationModel:
+    """Make the untrained model of a recipe, from its encoder weights where it names some."""
+    torch.manual_seed(recipe.schedule.seed)
+    encoder = Vim(recipe.model.encoder)
+    if recipe.model.encoder_weights:
+        from gigavim.model.encoder import read_encoder, start_from
+
+        weights = Path(recipe.model.encoder_weights)
+        encoder = start_from(read_encoder(weights), recipe.model.encoder)
+    return SegmentationModel(encoder, len(recipe.classes))
+
+
+class Logs:
+    """Numbers by step as JSON lines, and for TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "log.jsonl"
+        kept = []
+        if step and self.path.exists():  # what a later part of a resumed run said is said anew
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        except ImportError:
+            log.info("TensorBoard is not installed: only %s is written", self.path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Note numbers of a step."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(
+                json.dumps({"step": step} | {k: round(v, 6) for k, v in values.items()}) + "\n"
+            )
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+
+class Run:
+    """One training of a recipe in an output folder."""
+
+    def __init__(
+        self, recipe: Recipe, pictures: Sequence[Picture], folder: Path, device: torch.device
+    ) -> None:
+        self.recipe, self.folder, self.device = recipe, folder, device
+        self.rank, self.ranks = _join_group(device)
+        train, held_out = split(list(pictures), recipe)
+        log.info("%d pictures for training, %d held out", len(train), len(held_out))
+        self.canvases = Canvases(Atlas(train, device), recipe)
+        self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
+        self.model = new_model(recipe).to(device)
+        self.shadow = SegmentationModel(Vim(recipe.model.encoder), len(recipe.classes)).to(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = folder / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self.progress = loop.resume(self.checkpoint, self.model, recipe)
+            log.info("going on from step %d", self.progress.step)
+        else:
+            generator = torch.Generator(device).manual_seed(recipe.schedule.seed)
+            if not recipe.model.encoder_weights:
+                images, _ = self.canvases.draw((2, 2), 16, generator)
+                loop.init_patch_embedding(self.model, images)
+            if recipe.schedule.half_depth:
+                silence_odd_layers(self.model.encoder)
+            self.progress = loop.start(self.model, recipe)
+        self.logs = Logs(folder, self.progress.step) if self.rank == 0 else None
+        self.losses: list[float] = []
+        self.tokens, self.since, self.saved = 0, time.monotonic(), time.monotonic()
+
+    def train(self) -> Result:
+        """Train to the end and write the model folder, its metrics beside it."""
+        loop.train(
+            self.model,
+            self.canvases,
+            self.progress,
+            on_step=self._on_step,
+            average_grads=_averager(self.ranks),
+            worker_offset=64 * self.rank,
+        )
+        if self.rank:
+            return Result(self.folder / "model", {}, self.progress.step, self.progress.steps)
+        loop.save(self.checkpoint, self.model, self.progress)
+        if not self.progress.best:
+            self._validate()
+        return self._finish()
+
+    def _on_step(self, progress: loop.Progress, loss: float, tokens: int) -> bool:
+        self.losses.append(loss)
+        self.tokens += tokens * self.ranks
+        ends = progress.step >= progress.steps
+        if self.logs is not None and (progress.step % LOG_EVERY == 0 or ends):
+            seconds = time.monotonic() - self.since
+            values = {
+                "loss": sum(self.losses) / len(self.losses),
+                "rate": progress.optimizer.param_groups[0]["lr"],
+                "tokens_per_second": self.tokens / max(seconds, 1e-9),
+                "minutes": progress.seconds / 60,
+            }
+            self.logs.write(progress.step, values)
+            log.info(
+                "step %d of %s loss %.4f, %.0f tokens/s, %.1f min", progress.step,
+                progress.steps if progress.steps < 10**9 else "?", *list(values.values())[::2],
+                values["minutes"],
+            )  # fmt: skip
+            self.losses, self.tokens, self.since = [], 0, time.monotonic()
+        stop = False
+        if progress.step % self.recipe.schedule.validate_every == 0 or ends:
+            began = time.monotonic()
+            self._validate()
+            progress.seconds += time.monotonic() - began
+            patience = self.recipe.schedule.patience
+            stop = bool(patience) and progress.stale >= patience
+            if stop:
+                log.info("no better score for %d validations: stopping", patience)
+        due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        if self.rank == 0 and (due or stop or ends):
+            loop.save(self.checkpoint, self.model, progress)
+            self.saved = time.monotonic()
+        return stop
+
+    def predictor(self, *, half: bool) -> score.Predictor:
+        """The averaged model as validation sees it."""
+        recipe = self.recipe.model
+        glass = self.recipe.data.glass
+        fill = None if glass is None else glass / 255
+        return score.Predictor(
+            self.shadow, recipe.scan_order, recipe.mean, recipe.std, fill, half=half
+        )
+
+    def _validate(self) -> None:
+        progress = self.progress
+        self.shadow.load_state_dict(progress.average)
+        scores = self._scores(half=self.device.type == "cuda")
+        value = score.monitored(scores, self.recipe.loss.monitor)
+        better = value > progress.best_score
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best_score, progress.best_step = value, progress.step
+            progress.best = {k: v.clone() for k, v in progress.average.items()}
+        if self.logs is not None:
+            self.logs.write(progress.step, {f"val_{k}": v for k, v in scores.items()})
+            log.info(
+                "step %d %s %.4f (best %.4f), mIoU %.4f", progress.step,
+                self.recipe.loss.monitor, value, progress.best_score, scores["miou"],
+            )  # fmt: skip
+
+    def _scores(self, *, half: bool) -> dict[str, float]:
+        classes = len(self.recipe.classes)
+        found = score.predict_all(self.predictor(half=half), self.shown)
+        pairs = zip(found, self.shown, strict=True)
+        counts = [score.confusion(f, item.labels, classes) for f, item in pairs]
+        return score.summary(counts, self.shown, self.recipe.class_names)
+
+    def _finish(self) -> Result:
+        """Write the best average at half precision, and measure what was written."""
+        progress, folder = self.progress, self.folder / "model"
+        self.shadow.load_state_dict(progress.best)
+        if self.device.type == "cpu":
+            tie_rates(self.shadow.encoder)
+        state = {k: v.half().float() for k, v in self.shadow.state_dict().items()}
+        self.shadow.load_state_dict(state)
+        metrics = self._metrics()
+        save_model(folder, self.shadow, self._card(metrics), half=True)
+        load_model(folder)  # what was written can be read
+        text = json.dumps(metrics, indent=2) + "\n"
+        (self.folder / "metrics.json").write_text(text, encoding="utf-8")
+        return Result(folder, metrics, progress.step, progress.steps)
+
+    def _metrics(self) -> dict[str, float]:
+        monitor = self.recipe.loss.monitor
+        cuda = self.device.type == "cuda"
+        metrics = self._scores(half=False)
+        half = self._scores(half=True) if cuda else metrics
+        metrics["bfloat16_changes"] = score.monitored(half, monitor) - score.monitored(
+            metrics, monitor
+        )
+        name = monitor.partition(":")[2] or self.recipe.class_names[-1]
+        index = self.recipe.class_names.index(name)
+        whole = self.predictor(half=False)
+        sides = {tuple(item.labels.shape) for item in self.shown}
+        small = max(max(side) for side in sides) <= 512
+        if small:
+            for per_side in MOSAIC_SIDES if cuda else MOSAIC_SIDES[:1]:
+                metrics |= score.by_length(whole, self.shown, name, index, per_side=per_side)
+        else:
+            metrics |= score.by_windows(whole, self.shown, self.recipe.class_names)
+        return metrics
+
+    def _card(self, metrics: dict[str, float]) -> ModelCard:
+        recipe, progress = self.recipe, self.progress
+        held_out = ", ".join(recipe.split.validation_groups)
+        record = TrainingRecord(
+            script=f"gigavim train {recipe.model.name} --steps {progress.steps}",
+            data=recipe.data.source,
+            data_licence=recipe.data.licence,
+            split=(
+                f"by group: held out {held_out}, never by image; of the averaged weights, those of "
+                f"step {progress.best_step}, best in {recipe.loss.monitor} there, are kept"
+            ),
+            seeds=(recipe.schedule.seed,),
+            hours=round(progress.seconds / 3600, 3),
+            hardware=_hardware(self.device, self.ranks),
+        )
+        change = metrics["bfloat16_changes"]
+        return ModelCard(
+            name=recipe.model.name,
+            description=recipe.model.description,
+            config=recipe.model.encoder,
+            mpp=recipe.model.mpp,
+            mpp_range=recipe.model.mpp_range,
+            mean=recipe.model.mean,
+            std=recipe.model.std,
+            classes=tuple(c.spec for c in recipe.classes),
+            order=recipe.model.order,
+            licence=recipe.model.licence,
+            training=record,
+            metrics={key: round(value, 4) for key, value in metrics.items()},
+            precision_note=(
+                "weights are stored in half precision, with which the metrics were taken; bfloat16 "
+                f"products (float32 state and stream) change {recipe.loss.monitor} by {change:+.4f}"
+            ),
+        )
+
+
+def _hardware(device: torch.device, ranks: int) -> str:
+    if device.type == "cuda":
+        return f"{ranks} x {torch.cuda.get_device_name(device)}"
+    return f"{os.cpu_count()} CPU cores"
+
+
+def _join_group(device: torch.device) -> tuple[int, int]:
+    """Rank and number of processes, as torchrun sets them."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return 0, 1
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _averager(ranks: int) -> Any:
+    if ranks == 1:
+        return None
+    import torch.distributed as dist
+
+    def average(parameters: Sequence[nn.Parameter]) -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= ranks
+        for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    return average
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; raises `SettingsError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"--device {name}: no CUDA device is to be seen here")
+    return device

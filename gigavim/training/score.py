@@ -1,0 +1,251 @@
+"""Quality on held-out pictures: confusion, Dice and IoU; by picture, group, length and border."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gigavim.model.heads import SegmentationModel, stitch
+from gigavim.model.vim import grid_cells
+from gigavim.tokens.order import ScanOrder
+from gigavim.training.encode import encode
+from gigavim.training.pack import Picture
+from gigavim.training.recipe import IGNORED
+
+HEAD_TOKENS = 65_536
+BATCH_PX = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A labelled picture at a model's resolution, on its device."""
+
+    image: Tensor
+    """(3, h, w) float32 in [0, 1]."""
+    labels: Tensor
+    """(h, w) uint8."""
+    group: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A model with what it needs to see a picture as it was trained."""
+
+    model: SegmentationModel
+    order: ScanOrder
+    mean: Sequence[float]
+    std: Sequence[float]
+    fill: float | None = None
+    """Grey value in [0, 1] beyond the picture's border; the mean colour if absent."""
+    half: bool = False
+    """Multiply in bfloat16."""
+
+    @torch.no_grad()
+    def labels(self, images: Tensor) -> Tensor:
+        """Label images (n, 3, h, w) in [0, 1], each in one sequence: returns (n, h, w) uint8."""
+        height, width = images.shape[2:]
+        encoded, grid_hw = self._encoded(images)
+        config = self.model.encoder.config
+        if config.stride_px != config.patch_px:
+            return self.logits(images).max(1).indices.to(torch.uint8)
+        patch, count = config.patch_px, len(images)
+        rows, cols = grid_hw
+        cells = grid_cells(rows, cols, self.order).to(encoded.device)
+        tokens = torch.empty(
+            count, rows * cols, patch, patch, dtype=torch.uint8, device=encoded.device
+        )
+        for start in range(0, rows * cols, HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
+            logits = self.model.head(encoded[:, part].float())  # (n, tokens, classes, P, P)
+            tokens[:, cells[part]] = logits.max(2).indices.to(torch.uint8)
+        grid = tokens.view(count, rows, cols, patch, patch).transpose(2, 3)
+        return grid.reshape(count, rows * patch, cols * patch)[:, :height, :width]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Segment images (n, 3, h, w) in [0, 1]: returns (n, classes, h, w) float32."""
+        height, width = images.shape[2:]
+        encoded, grid_hw = self._encoded(images)
+        cells = grid_cells(*grid_hw, self.order).to(encoded.device)
+        patches = self.model.head(encoded[:, torch.argsort(cells)].float())
+        stride_px = self.model.encoder.config.stride_px
+        return stitch(cast(Tensor, patches), grid_hw, stride_px)[..., :height, :width]
+
+    def _encoded(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pad images to whole blocks and encode them: (n, L, D), and the grid's (rows, cols)."""
+        config = self.model.encoder.config
+        block = (self.order.block or 1) * config.stride_px
+        extra = config.patch_px - config.stride_px
+        height, width = images.shape[2:]
+        mean, std = (
+            torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std)
+        )
+        more = (0, -(width - extra) % block, 0, -(height - extra) % block)
+        if self.fill is None:
+            normalised = F.pad((images - mean) / std, more)
+        else:
+            normalised = (F.pad(images, more, value=self.fill) - mean) / std
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
+            tokens = self.model.encoder.tokens(normalised, order=self.order)
+            encoded = encode(self.model.encoder, tokens)
+        rows, cols = ((s - extra) // config.stride_px for s in normalised.shape[2:])
+        return encoded, (rows, cols)
+
+
+def show(picture: Picture, mpp: float, device: torch.device) -> Shown:
+    """Bring a picture to a resolution: colours by area, labels by the largest share."""
+    image = torch.tensor(picture.image).to(device).permute(2, 0, 1)[None].float() / 255
+    labels = torch.tensor(picture.labels).to(device)
+    size = tuple(max(1, round(s * picture.mpp / mpp)) for s in labels.shape)
+    if size == tuple(labels.shape):
+        return Shown(image[0], labels, picture.group, picture.name)
+    image = F.interpolate(image, size, mode="bilinear", antialias=True)
+    values = torch.unique(labels)
+    shares = (labels == values[:, None, None]).float()[None]
+    winner = F.interpolate(shares, size, mode="bilinear", antialias=True)[0].argmax(0)
+    return Shown(image[0].clamp(0, 1), values[winner], picture.group, picture.name)
+
+
+def predict_all(predictor: Predictor, shown: Sequence[Shown]) -> list[Tensor]:
+    """Label every picture by itself, pictures of one size together."""
+    found: dict[int, Tensor] = {}
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for place, item in enumerate(shown):
+        sizes.setdefault(tuple(item.labels.shape), []).append(place)
+    for size, places in sizes.items():
+        step = max(1, BATCH_PX // (size[0] * size[1]))
+        for start in range(0, len(places), step):
+            batch = places[start : start + step]
+            labels = predictor.labels(torch.stack([shown[p].image for p in batch]))
+            found |= dict(zip(batch, labels, strict=True))
+    return [found[place] for place in range(len(shown))]
+
+
+def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """(classes, classes) int64 on the CPU: pixels by truth (rows) and prediction (columns)."""
+    known = truth != IGNORED
+    pairs = truth[known].long() * classes + predicted[known].long()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
+
+
+def dice(counts: Tensor, index: int) -> float:
+    """Dice of a class; one where it is neither predicted nor there."""
+    total = int(counts[index].sum() + counts[:, index].sum())
+    return 2 * int(counts[index, index]) / total if total else 1.0
+
+
+def iou(counts: Tensor, index: int) -> float:
+    """Intersection over union of a class; one where it is neither predicted nor there."""
+    union = int(counts[index].sum() + counts[:, index].sum() - counts[index, index])
+    return int(counts[index, index]) / union if union else 1.0
+
+
+def mean_iou(counts: Tensor) -> float:
+    """The mean IoU of the classes that are there."""
+    there = [i for i in range(len(counts)) if int(counts[i].sum())]
+    return sum(iou(counts, i) for i in there) / max(1, len(there))
+
+
+def summary(
+    counts: Sequence[Tensor], shown: Sequence[Shown], names: Sequence[str]
+) -> dict[str, float]:
+    """Pooled Dice and IoU of every class, their means, and mean Dice per picture and group."""
+    pooled = torch.stack(list(counts)).sum(0)
+    result = {"miou": mean_iou(pooled), "accuracy": int(pooled.trace()) / max(1, int(pooled.sum()))}
+    for index, name in enumerate(names):
+        result[f"{name}_dice"] = dice(pooled, index)
+        result[f"{name}_iou"] = iou(pooled, index)
+        per_picture = [dice(c, index) for c in counts]
+        result[f"{name}_dice_per_image"] = sum(per_picture) / len(per_picture)
+        for group in sorted({item.group for item in shown}):
+            own = [d for d, item in zip(per_picture, shown, strict=True) if item.group == group]
+            result[f"{name}_dice_{group}"] = sum(own) / len(own)
+    return result
+
+
+def monitored(scores: dict[str, float], monitor: str) -> float:
+    """The score that a recipe names: "miou", "iou:CLASS" pooled, "dice:CLASS" per picture."""
+    kind, _, name = monitor.partition(":")
+    return scores["miou" if not name else f"{name}_{kind}{'_per_image' if kind == 'dice' else ''}"]
+
+
+def by_length(
+    predictor: Predictor, shown: Sequence[Shown], name: str, index: int, *, per_side: int
+) -> dict[str, float]:
+    """Lay pictures of one size out as a square mosaic and segment it in one sequence.
+
+    Returns:
+        Tokens; Dice of the class per picture of the mosaic and of the same pictures alone; pooled
+        Dice in the outer ring of tokens of every block and inside.
+    """
+    classes = predictor.model.head.classes
+    side = min(min(item.labels.shape) for item in shown)
+    alone = [
+        dice(confusion(p[:side, :side], item.labels[:side, :side], classes), index)
+        for p, item in zip(predict_all(predictor, shown), shown, strict=True)
+    ]
+    device = shown[0].image.device
+    mosaic = torch.empty(3, per_side * side, per_side * side, device=device)
+    truth = torch.empty(mosaic.shape[1:], dtype=torch.uint8, device=device)
+    windows, used = [], []
+    for place in range(per_side**2):
+        item = place * 5 % len(shown)  # neighbours come from other slides
+        y, x = (k * side for k in divmod(place, per_side))
+        window = (slice(y, y + side), slice(x, x + side))
+        mosaic[:, *window] = shown[item].image[:, :side, :side]
+        truth[window] = shown[item].labels[:side, :side]
+        windows.append(window)
+        used.append(alone[item])
+    found = predictor.labels(mosaic[None])[0]
+    scores = [dice(confusion(found[w], truth[w], classes), index) for w in windows]
+    ring = border_ring(found.shape[0], predictor)
+    inside = dice(confusion(found[~ring], truth[~ring], classes), index)
+    step = predictor.model.encoder.config.stride_px
+    tokens = (-(-per_side * side // step)) ** 2
+    return {
+        f"{name}_dice_per_image_{tokens}_tokens": sum(scores) / len(scores),
+        f"{name}_dice_same_images_alone_{tokens}_tokens": sum(used) / len(used),
+        f"{name}_dice_block_border_{tokens}_tokens": dice(
+            confusion(found[ring], truth[ring], classes), index
+        ),
+        f"{name}_dice_block_inside_{tokens}_tokens": inside,
+    }
+
+
+def border_ring(side_px: int, predictor: Predictor) -> Tensor:
+    """(side_px, side_px) bool: pixels of the outermost tokens of their block."""
+    block = predictor.order.block or 1
+    device = predictor.model.head.linear.weight.device
+    token = torch.arange(side_px, device=device) // predictor.model.encoder.config.stride_px % block
+    inside = (token > 0) & (token < block - 1)
+    return ~(inside[:, None] & inside[None])
+
+
+def by_windows(
+    predictor: Predictor, shown: Sequence[Shown], names: Sequence[str], *, blocks: int = 2
+) -> dict[str, float]:
+    """Quality where pictures are cut into windows of so many blocks a side, each seen by itself."""
+    side = blocks * (predictor.order.block or 16) * predictor.model.encoder.config.stride_px
+    counts = []
+    for item in shown:
+        h, w = item.labels.shape
+        places = [(y, x) for y in range(0, h, side) for x in range(0, w, side)]
+        pieces = [
+            Shown(
+                item.image[:, y : y + side, x : x + side],
+                item.labels[y : y + side, x : x + side],
+                item.group,
+                item.name,
+            )
+            for y, x in places
+        ]
+        found = predict_all(predictor, pieces)
+        pairs = zip(found, pieces, strict=True)
+        total = [confusion(f, piece.labels, len(names)) for f, piece in pairs]
+        counts.append(torch.stack(total).sum(0))
+    scores = summary(counts, shown, names)
+    return {f"{key}_in_windows": scores[key] for key in ("miou", "accuracy")}

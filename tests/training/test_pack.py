@@ -1,0 +1,101 @@
+import tomllib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gigavim.errors import SettingsError
+from gigavim.training.pack import glass_mask, read_pack, read_pictures, shrink, split, write_pack
+from gigavim.training.recipe import IGNORED, Recipe
+
+NUCLEI, TISSUE = 2, 1
+
+
+def test_pictures_with_their_labels_and_groups(pictures_folder, recipe):
+    found = list(read_pictures(pictures_folder, recipe))
+    assert [p.group for p in found] == ["a", "a", "b", "b", "c", "c"]
+    for picture in found:
+        dark = picture.image[..., 0] < 80
+        assert (picture.labels[dark] == NUCLEI).all()
+        assert (picture.labels[~dark] == TISSUE).all()
+
+
+def test_packing_keeps_labels_exactly_and_colours_closely(tmp_path, pictures_folder, recipe):
+    target = tmp_path / "new" / "packed.npz"
+    assert write_pack(target, read_pictures(pictures_folder, recipe), recipe) == 6
+    assert [p.name for p in target.parent.iterdir()] == ["packed.npz"]
+    pairs = zip(read_pack(target, recipe), read_pictures(pictures_folder, recipe), strict=True)
+    for found, expected in pairs:
+        assert np.array_equal(found.labels, expected.labels)
+        assert np.abs(found.image.astype(int) - expected.image).mean() < 4
+        assert (found.group, found.name, found.mpp) == (expected.group, expected.name, 0.25)
+
+
+def test_no_group_is_on_both_sides(pictures_folder, recipe):
+    train, held_out = split(list(read_pictures(pictures_folder, recipe)), recipe)
+    assert {p.group for p in train} == {"a", "c"}
+    assert {p.group for p in held_out} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "complaint"), [(("a", "b", "c"), "no group for training"), (("z",), "names z")]
+)
+def test_a_split_needs_both_sides(pictures_folder, recipe, groups, complaint):
+    other = recipe.model_copy(
+        update={"split": recipe.split.model_copy(update={"validation_groups": groups})}
+    )
+    with pytest.raises(SettingsError, match=complaint):
+        split(list(read_pictures(pictures_folder, recipe)), other)
+
+
+def test_scenes_are_stitched_and_colours_read(tmp_path, recipe_text):
+    text = recipe_text.replace("mask_values = [255]", "mask_rgb = [[9, 8, 7]]")
+    text = text.replace("is_default = true", "mask_rgb = [[1, 2, 3]]")
+    text = text.replace("is_empty_glass = true", "").replace("'(\\d+)\\.\\w+$'", "'scene(\\d+)/'")
+    text = text.replace("glass = 148.0", "stitch_cols = 3")
+    values = tomllib.loads(text)
+    scene = tmp_path / "scene5"
+    for kind in ("images", "masks"):
+        (scene / kind).mkdir(parents=True)
+    for part in range(6):
+        pixels = np.full((10, 20, 3), 40 * part, np.uint8)
+        Image.fromarray(pixels).save(scene / f"images/part_{part + 1}.png")
+        mask = np.full((10, 20, 3), (1, 2, 3) if part % 2 else (9, 8, 7), np.uint8)
+        mask[0] = 200
+        shown = Image.fromarray(mask)
+        shown = shown.quantize() if part == 3 else shown  # some sets mix palette masks in
+        shown.save(scene / f"masks/part_{part + 1}.png")
+    (picture,) = read_pictures(tmp_path, Recipe.model_validate(values))
+    assert picture.image[5::10, 10::20, 0].tolist() == [[0, 40, 80], [120, 160, 200]]
+    assert picture.labels[5::10, 10::20].tolist() == [[2, 1, 2], [1, 2, 1]]
+    assert (picture.labels[0] == IGNORED).all()
+
+
+def test_empty_glass_is_bright_and_colourless():
+    image = np.full((200, 200, 3), 148, np.uint8)
+    image[:100] = (130, 80, 110)  # tissue
+    image[150:, :50] = (148, 148, 120)  # bright but yellow
+    mask = glass_mask(image, 148)
+    assert mask[120:140].all()
+    assert not mask[:90].any()
+    assert not mask[160:, :40].any()
+
+
+def test_shrinking_keeps_ground(pictures_folder, recipe):
+    picture = next(read_pictures(pictures_folder, recipe))
+    small = shrink(picture, 0.5)
+    assert small.mpp * small.labels.shape[0] == pytest.approx(0.25 * picture.labels.shape[0])
+    share = [(p.labels == NUCLEI).mean() for p in (picture, small)]
+    assert share[1] == pytest.approx(share[0], rel=0.1)
+
+
+def test_what_is_missing_is_said(tmp_path, pictures_folder, recipe):
+    with pytest.raises(SettingsError, match="nothing there matches"):
+        list(read_pictures(tmp_path, recipe))
+    (tmp_path / "set/images").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "set/images/1.png")
+    with pytest.raises(SettingsError, match=r"1\.png: no mask"):
+        list(read_pictures(tmp_path, recipe))
+    (tmp_path / "broken.npz").write_bytes(b"PK no zip")
+    with pytest.raises(SettingsError, match="not a packed file"):
+        read_pack(tmp_path / "broken.npz", recipe)

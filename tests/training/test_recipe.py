@@ -1,0 +1,59 @@
+import pytest
+
+from gigavim.errors import SettingsError
+from gigavim.model.heads import SegmentationModel
+from gigavim.model.vim import Vim
+from gigavim.training.recipe import load_recipe, shipped_recipes
+
+LARGEST_SHIPPED_BYTES = {"histo-nuclei-nano": 2e6}
+
+
+def written(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_make_models_small_enough_to_ship(name):
+    recipe = load_recipe(name)
+    assert recipe.model.name == name
+    model = SegmentationModel(Vim(recipe.model.encoder), len(recipe.classes))
+    stored = 2 * sum(p.numel() for p in model.parameters())
+    assert stored < LARGEST_SHIPPED_BYTES.get(name, 16e6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("peak_rate", "peek_rate", "unknown key `schedule.peek_rate`; did you mean `peak_rate`"),
+        ("depth = 2", "dept = 2", "unknown key `model.encoder.dept`"),
+        ('validation_groups = ["b"]', "", "split.validation_groups"),
+        ('["b"]', "[]", "split.validation_groups"),
+        ("[1.0, 0.8, 1.5]", "[1.0]", "needs 3 values"),
+        ("dice:nuclei", "dice:nucleus", "loss.monitor is 'dice:nucleus'"),
+        ('order = "blocks(4)"', 'order = "spiral"', "no scan order is called 'spiral'"),
+        ("glass = 148.0", "", "data.glass must give"),
+        ("depth = 2", "depth = 0", "depth"),
+        ("steps = 6", "steps = ", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, recipe_text, old, new, complaint):
+    assert old in recipe_text
+    path = written(tmp_path, recipe_text.replace(old, new))
+    with pytest.raises(SettingsError) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    assert complaint in str(caught.value)
+
+
+def test_flags_win(tmp_path, recipe_text):
+    path = written(tmp_path, recipe_text.replace("steps = 6", "max_minutes = 3.0"))
+    assert load_recipe(path).schedule.max_minutes == 3.0
+    found = load_recipe(path, steps=5, seed=3).schedule
+    assert (found.steps, found.seed, found.max_minutes) == (5, 3, None)
+
+
+def test_an_unknown_name_lists_the_shipped():
+    with pytest.raises(SettingsError, match="histo-nuclei"):
+        load_recipe("histo")
