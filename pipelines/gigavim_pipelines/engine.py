@@ -18,7 +18,7 @@ from distributed import CancelledError, KilledWorker
 
 from gigavim.errors import ResourceError
 from gigavim_pipelines import cluster
-from gigavim_pipelines.failures import Failure
+from gigavim_pipelines.failures import Failure, classify
 from gigavim_pipelines.lastwords import read_last_words
 from gigavim_pipelines.record import Record
 from gigavim_pipelines.worker import Job, Outcome, finished, run_slide
@@ -156,7 +156,7 @@ class Engine:
         except CancelledError:
             self._again(job)  # the scheduler was lost, with all it knew
         except Exception as error:
-            self._tried(job, Failure("defect", f"{type(error).__name__}: {error}"), "")
+            self._tried(job, classify(error), "")
         else:
             self._judge(job, outcome)
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gigavim.errors import OutputError
+from gigavim.names import as_text
 from gigavim_pipelines.entries import Entry
 from gigavim_pipelines.failures import Failure
 from gigavim_pipelines.record import Record
@@ -33,6 +34,7 @@ CREATE TABLE IF NOT EXISTS slides (
     mpp REAL, mask TEXT, label TEXT,
     state TEXT NOT NULL CHECK (state IN ('waiting', 'running', 'done', 'failed')),
     attempts INTEGER NOT NULL DEFAULT 0,
+    begun INTEGER NOT NULL DEFAULT 0,
     reason TEXT, error TEXT, advice TEXT,
     started REAL, seconds REAL, peak_bytes INTEGER, worker TEXT,
     recipe TEXT, input TEXT, size_bytes INTEGER,
@@ -116,19 +118,29 @@ class Ledger:
         """Note that a run ended by itself."""
         self._db.execute("UPDATE runs SET ended = ? WHERE run = ?", (time.time(), run))
 
+    def begun(self) -> dict[str, int]:
+        """How often each slide that is not done was begun, in this run and those before."""
+        query = "SELECT id, begun FROM slides WHERE begun > 0 AND state != 'done'"
+        return dict(self._db.execute(query).fetchall())
+
     def wait(self, entries: Iterable[Entry]) -> None:
-        """Note slides that are to be processed; what is known of earlier results is dropped."""
+        """Note slides that are to be processed; of earlier runs only `begun` stays known."""
         with self.transaction():
             self._db.executemany(
-                "INSERT OR REPLACE INTO slides (id, slide, mpp, mask, label, state)"
-                " VALUES (?, ?, ?, ?, ?, 'waiting')",
-                ((item.id, item.slide, item.mpp, item.mask, item.label) for item in entries),
+                "INSERT OR REPLACE INTO slides (id, slide, mpp, mask, label, state, begun)"
+                " VALUES (?1, ?2, ?3, ?4, ?5, 'waiting',"
+                " ifnull((SELECT begun FROM slides WHERE id = ?1 AND state != 'done'), 0))",
+                (
+                    (item.id, as_text(item.slide), item.mpp, item.mask, item.label)
+                    for item in entries
+                ),
             )
 
     def running(self, slide_id: str, attempt: int) -> None:
         """Note that a slide was handed to the workers."""
         self._db.execute(
-            "UPDATE slides SET state = 'running', attempts = ?, started = ? WHERE id = ?",
+            "UPDATE slides SET state = 'running', attempts = ?, begun = begun + 1, started = ?"
+            " WHERE id = ?",
             (attempt, time.time(), slide_id),
         )
 

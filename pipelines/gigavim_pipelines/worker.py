@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from gigavim.names import as_text
 from gigavim_pipelines import remote
 from gigavim_pipelines.entries import Entry, is_remote
 from gigavim_pipelines.failures import Failure, classify
@@ -27,6 +28,7 @@ from gigavim_pipelines.lastwords import BegunBeforeError, watched
 from gigavim_pipelines.memory import peak_memory
 from gigavim_pipelines.recipe import Recipe
 from gigavim_pipelines.record import Output, Record, record_name
+from gigavim_pipelines.thumbnails import add_thumbnail
 
 # One slide at a time in a process, whatever number of threads a worker was given: a slide may end
 # its process, and may use all the memory that the worker has.
@@ -109,10 +111,11 @@ def _record(job: Job, me: str) -> Record:
     ):
         fingerprint = input_fingerprint(entry)
         result = _run_task(job, folder)
-        outputs = {kind: _output(path, folder) for kind, path in result.outputs.items()}
+        made = add_thumbnail(result.outputs, folder, entry.id)
+        outputs = {kind: _output(path, folder) for kind, path in made.items()}
         record = Record(
             id=entry.id,
-            slide=entry.slide,
+            slide=as_text(entry.slide),
             recipe=job.fingerprint,
             input=fingerprint,
             stamp=before,

@@ -200,6 +200,16 @@ def test_a_run_killed_outright_goes_on_where_it_was(run, faulty, make_slides, tm
     assert all(begun.count(name) == 1 for name in done)
 
 
+def test_what_did_not_end_comes_last_the_next_time(run, faulty, make_slides, tmp_path):
+    slides = make_slides(a="unwell", b="fine")
+    command = ("batch", faulty, slides, "-o", "out", "--workers", 1)
+    assert run(*command).code == 3
+    make_slides(c="fine", a="fine")
+    result = run(*command)
+    assert result.code == 0
+    assert result.err.index("c: done") < result.err.index("a: done")
+
+
 def test_a_worker_killed_costs_an_attempt(run, faulty, make_slides, tmp_path):
     slides = make_slides(a=f"slow 2 {tmp_path}", b="fine")
     command = [sys.executable, "-c", "from gigavim.cli.main import main; main()"]
