@@ -23,6 +23,8 @@ from gigavim_pipelines.record import Record
 
 LONGEST_MESSAGE = 500
 
+VERSION = 1
+"""Of the tables; kept in the file's `user_version`."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY, started REAL NOT NULL, ended REAL, host TEXT, pid INTEGER,
@@ -75,7 +77,13 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode = WAL")
             # A record stands behind each result: what a power cut takes from here is found again.
             self._db.execute("PRAGMA synchronous = NORMAL")
+            _check_version(path, self._db)
             self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+        except OutputError:
+            self._db.close()
+            self._lock.close()
+            raise
         except sqlite3.Error as error:
             self._lock.close()
             raise OutputError(
@@ -227,10 +235,22 @@ def _select(path: Path, query: str) -> list[dict[str, Any]]:
         with contextlib.closing(
             sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         ) as db:
+            _check_version(path, db)
             db.row_factory = sqlite3.Row
             return [dict(row) for row in db.execute(query)]
     except sqlite3.Error as error:
         raise OutputError(f"{path}: cannot be read as a ledger ({error}).") from error
+
+
+def _check_version(path: Path, db: sqlite3.Connection) -> None:
+    """`OutputError` for tables that are not those of this version."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if tables and version != VERSION:
+        raise OutputError(
+            f"{path}: is the ledger of another version of gigavim. Move it away: finished slides"
+            " are found again by their records."
+        )
 
 
 def _claim(path: Path) -> sqlite3.Connection:
