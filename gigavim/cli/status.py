@@ -26,9 +26,10 @@ MOST_RUNNING = 20
     metavar="[SECONDS]",
     help="Show it again every 2 s, or so many, until the run ends.",
 )
+@click.option("--report", is_flag=True, help="Write index and report.html of what is done so far.")
 @options.as_json
 @options.verbosity
-def command(out: Path, watch: float | None, as_json: bool) -> int:
+def command(out: Path, watch: float | None, report: bool, as_json: bool) -> int:
     """Say how a batch stands: slides by state, speed, what runs, what failed and why.
 
     OUT is the output folder of `gigavim batch`, at work or not. Exit code 3: slides failed.
@@ -49,6 +50,11 @@ def command(out: Path, watch: float | None, as_json: bool) -> int:
         time.sleep(watch)
         status = read_status(out)
     _show(status, as_json=as_json)
+    if report:
+        from gigavim_pipelines.report import write_listings
+
+        for path in write_listings(out):
+            click.echo(f"  wrote {path}", err=True)
     return 3 if status.failed else 0
 
 

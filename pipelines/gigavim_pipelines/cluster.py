@@ -106,7 +106,8 @@ def local_client(plan: LocalPlan, *, dashboard: str | None = None) -> Iterator["
         "cls": Scheduler,
         "options": {
             "dashboard": dashboard is not None,
-            "dashboard_address": dashboard,
+            # Also where there is none dask opens a port, and warns if the usual one is taken.
+            "dashboard_address": dashboard or ":0",
             "host": "127.0.0.1",
         },
     }

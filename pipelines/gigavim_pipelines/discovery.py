@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from gigavim.errors import SettingsError, SlideError
 from gigavim.names import result_stem
 from gigavim_pipelines import remote
-from gigavim_pipelines.entries import Entry, distinct, is_remote
+from gigavim_pipelines.entries import Entry, distinct, is_remote, safe_id
 from gigavim_pipelines.manifest import MANIFEST_SUFFIXES, read_manifest
 
 SLIDE_SUFFIXES = frozenset(
@@ -126,7 +126,7 @@ def _is_slide_folder(folder: Path) -> bool:
 
 
 def _entry(path: Path) -> Entry:
-    return Entry(id=result_stem(path), slide=str(path.absolute()))
+    return Entry(id=safe_id(result_stem(path)), slide=str(path.absolute()))
 
 
 def _remote_entries(url: str, wanted: frozenset[str]) -> Iterator[Entry]:
@@ -134,7 +134,7 @@ def _remote_entries(url: str, wanted: frozenset[str]) -> Iterator[Entry]:
         yield from read_manifest(url)
         return
     for found in remote.list_slides(url, lambda name: _is_wanted(name, wanted)):
-        yield Entry(id=result_stem(Path(found)), slide=found)
+        yield Entry(id=safe_id(result_stem(Path(found))), slide=found)
 
 
 def _is_wanted(name: str, wanted: frozenset[str]) -> bool:

@@ -6,6 +6,7 @@ client's do not grow with the archive, and a worker's death concerns the slide i
 
 import heapq
 import logging
+import math
 import queue
 import time
 from collections import Counter, deque
@@ -13,12 +14,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distributed import CancelledError, KilledWorker
+
 from gigavim.errors import ResourceError
 from gigavim_pipelines import cluster
-from gigavim_pipelines.failures import Failure
+from gigavim_pipelines.failures import Failure, classify
 from gigavim_pipelines.lastwords import read_last_words
 from gigavim_pipelines.record import Record
-from gigavim_pipelines.worker import Job, Outcome, run_slide
+from gigavim_pipelines.worker import Job, Outcome, finished, run_slide
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -56,13 +59,15 @@ class Policy:
     retry_wait_s: float = 10.0
     lookahead: int = 0
     """Slides waiting at the scheduler per worker: some let a cluster grow with its load."""
+    patience_s: float = math.inf
+    """How long to go on without a single worker."""
 
 
 class Engine:
     """Runs jobs on a client's workers until each is done or has failed.
 
     Raises:
-        ResourceError: the scheduler is gone for good.
+        ResourceError: the scheduler is gone for good, or no worker is left.
     """
 
     def __init__(self, client: "Client", listener: Listener, policy: Policy) -> None:
@@ -78,6 +83,7 @@ class Engine:
         self._memory_deaths: dict[int, int] = {}
         self._capacity = 0
         self._looked = 0.0
+        self._last_seen = time.monotonic()
         self._resources: dict[str, float] | None = None
 
     def run(self, jobs: Iterable[Job]) -> None:
@@ -110,6 +116,10 @@ class Engine:
         except (OSError, TimeoutError) as error:
             log.debug("the scheduler does not answer: %s", error)
             return
+        if slots:
+            self._last_seen = now
+        elif now > self._last_seen + self._policy.patience_s:
+            raise ResourceError("no worker starts any more; the same command with -v may say why.")
         self._capacity, self._looked = max(1, slots * (1 + self._policy.lookahead)), now
 
     def _hand_out(self) -> None:
@@ -138,17 +148,17 @@ class Engine:
         except queue.Empty:
             return
         job = self._active.pop(future)
-        if future.cancelled():
-            self._again(job)  # the scheduler was lost, with all it knew
-            return
-        error = future.exception()
-        if error is None:
-            self._judge(job, future.result())
-        elif type(error).__name__ == "KilledWorker":
+        # A result may be lost with its worker at any moment until it is here.
+        try:
+            outcome: Outcome = future.result()
+        except KilledWorker:
             self._died(job)
+        except CancelledError:
+            self._again(job)  # the scheduler was lost, with all it knew
+        except Exception as error:
+            self._tried(job, classify(error), "")
         else:
-            failure = Failure("defect", f"{type(error).__name__}: {error}")
-            self._tried(job, failure, "")
+            self._judge(job, outcome)
 
     def _judge(self, job: Job, outcome: Outcome) -> None:
         if outcome.record is not None:
@@ -159,7 +169,11 @@ class Engine:
             self._died(job)
 
     def _died(self, job: Job) -> None:
-        """A worker was lost with this job: was it at it, and what ended it?"""
+        """A worker was lost with this job: had it ended it, was it at it, and what ended both?"""
+        record = finished(job)
+        if record is not None:
+            self._listener.done(job, record)
+            return
         words = read_last_words(job.attempt_file)
         if words is None:
             self._unbegun[job.entry.id] += 1

@@ -1,12 +1,16 @@
 """What an archive is made of: slides with an id, and what is known of each."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import PurePosixPath
 
 from gigavim.errors import SettingsError
+from gigavim.names import as_text
 
 LONGEST_ID = 200
+_FORBIDDEN = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +40,22 @@ def check_id(name: str, *, where: str) -> str:
     Raises:
         SettingsError: it cannot; `where` says whose it is.
     """
-    if not name or name.startswith(".") or name != name.strip() or set(name) & set('/\\\0:*?"<>|'):
+    if name != safe_id(name):
         raise SettingsError(
             f'{where}: {name!r} cannot name a folder: leave out / \\ : * ? " < > |, a leading dot'
-            " and outer spaces."
+            f" and outer spaces, and use at most {LONGEST_ID} bytes."
         )
-    if len(name.encode()) > LONGEST_ID:
-        raise SettingsError(f"{where}: an id has at most {LONGEST_ID} bytes, this one is longer.")
     return name
+
+
+def safe_id(name: str) -> str:
+    """An id made of a file's name: what cannot be in a folder's name becomes `_`."""
+    text = _FORBIDDEN.sub("_", as_text(name).strip())
+    text = re.sub(r"^\.+", "_", text) or "_"
+    if len(text.encode()) > LONGEST_ID:
+        digest = sha256(text.encode()).hexdigest()[:8]
+        text = f"{text.encode()[: LONGEST_ID - 9].decode('utf-8', 'ignore').strip()}-{digest}"
+    return text
 
 
 def distinct(entries: Iterable[Entry]) -> list[Entry]:
@@ -57,27 +69,16 @@ def distinct(entries: Iterable[Entry]) -> list[Entry]:
         SettingsError: two slides cannot be told apart.
     """
     unique = list({entry.slide: entry for entry in entries}.values())
-    clashing = _clashes(unique)
-    if clashing:
-        parents = {slide: PurePosixPath(_parts_of(slide)).parts[:-1] for slide in clashing}
-        for depth in range(1, 1 + max(len(parts) for parts in parents.values())):
-            longer = {
-                entry.slide: "__".join([*parents[entry.slide][-depth:], entry.id])
-                for entry in unique
-                if entry.slide in clashing
-            }
-            if len(set(longer.values())) == len(longer):
-                break
-        else:
-            longer = {slide: PurePosixPath(_parts_of(slide)).name for slide in clashing}
-        unique = [replace(entry, id=longer.get(entry.slide, entry.id)) for entry in unique]
-    still = _clashes(unique)
-    if still:
+    longer: dict[str, str] = {}
+    for slides in _clashes(unique):
+        longer |= _told_apart(slides)
+    unique = [replace(entry, id=longer.get(entry.slide, entry.id)) for entry in unique]
+    for slides in _clashes(unique):
         raise SettingsError(
-            f"{min(still)}: another slide has the same id; give each an id of its own in a manifest"
-            " (slide,id)."
+            f"{slides[0].slide}: another slide has the same id, {slides[0].id!r}; give each an id"
+            " of its own in a manifest (slide,id)."
         )
-    return [replace(entry, id=check_id(entry.id, where=entry.slide)) for entry in unique]
+    return unique
 
 
 def shard(entries: Sequence[Entry], part: int, parts: int) -> list[Entry]:
@@ -85,12 +86,27 @@ def shard(entries: Sequence[Entry], part: int, parts: int) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.id)[part - 1 :: parts]
 
 
-def _clashes(entries: Sequence[Entry]) -> set[str]:
-    """The slides whose id another one has too; letter case is no difference, as on many disks."""
-    by_id: dict[str, list[str]] = {}
+def _clashes(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Entries that share an id; letter case is no difference, as on many disks."""
+    by_id: dict[str, list[Entry]] = {}
     for entry in entries:
-        by_id.setdefault(entry.id.casefold(), []).append(entry.slide)
-    return {slide for slides in by_id.values() if len(slides) > 1 for slide in slides}
+        by_id.setdefault(entry.id.casefold(), []).append(entry)
+    return [group for group in by_id.values() if len(group) > 1]
+
+
+def _told_apart(entries: Sequence[Entry]) -> dict[str, str]:
+    """Longer ids by slide, of slides that share one."""
+    parents = [PurePosixPath(_parts_of(entry.slide)).parts[:-1] for entry in entries]
+    for depth in range(1, 1 + max(map(len, parents))):
+        names = [
+            safe_id("__".join([*above[-depth:], entry.id]))
+            for above, entry in zip(parents, entries)
+        ]
+        if len({name.casefold() for name in names}) == len(names):
+            break
+    else:
+        names = [safe_id(PurePosixPath(_parts_of(entry.slide)).name) for entry in entries]
+    return {entry.slide: name for entry, name in zip(entries, names)}
 
 
 def _parts_of(slide: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gigavim import errors
+from gigavim.names import as_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ _KINDS: tuple[tuple[type[Exception], str], ...] = (
 
 def classify(error: Exception, *, detail: str = "") -> Failure:
     """The failure that an exception of a slide's task means."""
-    message = str(error) or type(error).__name__
+    # Names of files in it may be no UTF-8, which neither ledger nor log can hold.
+    message, detail = as_text(str(error) or type(error).__name__), as_text(detail)
     chain = list(_causes(error))
     numbers = {item.errno for item in chain if isinstance(item, OSError)}
     if numbers & _FULL:

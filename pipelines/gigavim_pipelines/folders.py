@@ -78,18 +78,6 @@ class Archive:
             else:
                 self._clear(item, final)
 
-    def forget(self, slide_id: str) -> None:
-        """Remove a slide's own results, its record first; other files in its folder stay."""
-        final = self.slides / slide_id
-        record = self.record(slide_id)
-        if record is not None:
-            (final / record_name(slide_id)).unlink()
-            own = _own(record, slide_id)
-            for item in list(final.iterdir()):
-                if item.name in own:
-                    _remove(item)
-        _remove_empty(final)
-
     def _place(self, partial: Path, final: Path, *, overwrite: bool) -> None:
         if not final.exists():
             partial.rename(final)

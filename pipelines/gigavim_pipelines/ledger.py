@@ -16,12 +16,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from gigavim.errors import OutputError
+from gigavim.names import as_text
 from gigavim_pipelines.entries import Entry
 from gigavim_pipelines.failures import Failure
 from gigavim_pipelines.record import Record
 
 LONGEST_MESSAGE = 500
 
+VERSION = 1
+"""Of the tables; kept in the file's `user_version`."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY, started REAL NOT NULL, ended REAL, host TEXT, pid INTEGER,
@@ -33,6 +36,7 @@ CREATE TABLE IF NOT EXISTS slides (
     mpp REAL, mask TEXT, label TEXT,
     state TEXT NOT NULL CHECK (state IN ('waiting', 'running', 'done', 'failed')),
     attempts INTEGER NOT NULL DEFAULT 0,
+    begun INTEGER NOT NULL DEFAULT 0,
     reason TEXT, error TEXT, advice TEXT,
     started REAL, seconds REAL, peak_bytes INTEGER, worker TEXT,
     recipe TEXT, input TEXT, size_bytes INTEGER,
@@ -73,7 +77,13 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode = WAL")
             # A record stands behind each result: what a power cut takes from here is found again.
             self._db.execute("PRAGMA synchronous = NORMAL")
+            _check_version(path, self._db)
             self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+        except OutputError:
+            self._db.close()
+            self._lock.close()
+            raise
         except sqlite3.Error as error:
             self._lock.close()
             raise OutputError(
@@ -116,19 +126,29 @@ class Ledger:
         """Note that a run ended by itself."""
         self._db.execute("UPDATE runs SET ended = ? WHERE run = ?", (time.time(), run))
 
+    def begun(self) -> dict[str, int]:
+        """How often each slide that is not done was begun, in this run and those before."""
+        query = "SELECT id, begun FROM slides WHERE begun > 0 AND state != 'done'"
+        return dict(self._db.execute(query).fetchall())
+
     def wait(self, entries: Iterable[Entry]) -> None:
-        """Note slides that are to be processed; what is known of earlier results is dropped."""
+        """Note slides that are to be processed; of earlier runs only `begun` stays known."""
         with self.transaction():
             self._db.executemany(
-                "INSERT OR REPLACE INTO slides (id, slide, mpp, mask, label, state)"
-                " VALUES (?, ?, ?, ?, ?, 'waiting')",
-                ((item.id, item.slide, item.mpp, item.mask, item.label) for item in entries),
+                "INSERT OR REPLACE INTO slides (id, slide, mpp, mask, label, state, begun)"
+                " VALUES (?1, ?2, ?3, ?4, ?5, 'waiting',"
+                " ifnull((SELECT begun FROM slides WHERE id = ?1 AND state != 'done'), 0))",
+                (
+                    (item.id, as_text(item.slide), item.mpp, item.mask, item.label)
+                    for item in entries
+                ),
             )
 
     def running(self, slide_id: str, attempt: int) -> None:
         """Note that a slide was handed to the workers."""
         self._db.execute(
-            "UPDATE slides SET state = 'running', attempts = ?, started = ? WHERE id = ?",
+            "UPDATE slides SET state = 'running', attempts = ?, begun = begun + 1, started = ?"
+            " WHERE id = ?",
             (attempt, time.time(), slide_id),
         )
 
@@ -215,10 +235,22 @@ def _select(path: Path, query: str) -> list[dict[str, Any]]:
         with contextlib.closing(
             sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         ) as db:
+            _check_version(path, db)
             db.row_factory = sqlite3.Row
             return [dict(row) for row in db.execute(query)]
     except sqlite3.Error as error:
         raise OutputError(f"{path}: cannot be read as a ledger ({error}).") from error
+
+
+def _check_version(path: Path, db: sqlite3.Connection) -> None:
+    """`OutputError` for tables that are not those of this version."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if tables and version != VERSION:
+        raise OutputError(
+            f"{path}: is the ledger of another version of gigavim. Move it away: finished slides"
+            " are found again by their records."
+        )
 
 
 def _claim(path: Path) -> sqlite3.Connection:

@@ -16,7 +16,7 @@ from typing import Any
 from gigavim.errors import SettingsError
 from gigavim.names import result_stem
 from gigavim_pipelines import remote
-from gigavim_pipelines.entries import Entry, check_id, is_remote
+from gigavim_pipelines.entries import Entry, check_id, is_remote, safe_id
 
 log = logging.getLogger(__name__)
 
@@ -122,10 +122,10 @@ def _entry(path: str | Path, line: int, row: Mapping[str, Any], names: Mapping[s
     if not text["slide"]:
         raise SettingsError(f"{where}: the slide is missing.")
     slide = _absolute(text["slide"], path)
-    own_id = text.get("id") or result_stem(Path(slide))
+    given = text.get("id")
     mask = text.get("mask")
     return Entry(
-        id=check_id(own_id, where=where),
+        id=check_id(given, where=where) if given else safe_id(result_stem(Path(slide))),
         slide=slide,
         mpp=_mpp(text.get("mpp", ""), where),
         mask=_absolute(mask, path) if mask else None,

@@ -39,6 +39,7 @@ class Task:
 
 TASKS = {
     "segment": Task("gigavim.segmentation:segment", True),
+    "embed": Task("gigavim.embedding:embed", True),
     "qc": Task("gigavim_pipelines.qc:check_quality", False),
 }
 

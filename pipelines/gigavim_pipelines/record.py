@@ -48,6 +48,8 @@ class Record:
     """Most memory the worker held meanwhile."""
     worker: str
     """host:pid."""
+    token: str
+    """Of the attempt."""
     label: str | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     """Of the task's summary what an index needs: areas, sizes, coverage, timings."""

@@ -20,6 +20,7 @@ from gigavim_pipelines.folders import Archive
 from gigavim_pipelines.ledger import Ledger, ledger_path
 from gigavim_pipelines.recipe import Recipe
 from gigavim_pipelines.record import Record
+from gigavim_pipelines.report import write_listings
 from gigavim_pipelines.resume import Verdict, sort_out
 from gigavim_pipelines.status import write_failed
 from gigavim_pipelines.worker import Job
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from distributed import Client
 
 log = logging.getLogger(__name__)
+
+_PATIENCE_S = 120.0
+"""Workers of this machine that do not start in that time never will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ def run_batch(
             watcher.start(todo, batch.skipped, 0)
         ledger.end_run(run)
     write_failed(out)
+    write_listings(out)
     batch.seconds = time.perf_counter() - started
     return batch
 
@@ -144,7 +149,9 @@ def _left(
 
     ledger.found(done())
     ledger.wait(verdict.entry for verdict in todo)
-    return todo
+    # What was begun before and is not done may have been what ended the run: it comes last.
+    begun = ledger.begun()
+    return sorted(todo, key=lambda verdict: begun.get(verdict.entry.id, 0))
 
 
 class _Notes:
@@ -187,7 +194,8 @@ def _client(recipe: Recipe, options: Options) -> Iterator[tuple["Client", Recipe
         return
     plan = cluster.plan_local(recipe)
     with cluster.local_client(plan, dashboard=options.dashboard) as client:
-        yield client, cluster.within(recipe, plan), Policy(tries, wait_s)
+        policy = Policy(tries, wait_s, patience_s=_PATIENCE_S)
+        yield client, cluster.within(recipe, plan), policy
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """One slide, on a worker: the task is run, watched, measured and recorded."""
 
-import asyncio
 import os
 import socket
 import threading
@@ -8,10 +7,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from gigavim.names import as_text
 from gigavim_pipelines import remote
 from gigavim_pipelines.entries import Entry, is_remote
 from gigavim_pipelines.failures import Failure, classify
@@ -27,14 +28,15 @@ from gigavim_pipelines.lastwords import BegunBeforeError, watched
 from gigavim_pipelines.memory import peak_memory
 from gigavim_pipelines.recipe import Recipe
 from gigavim_pipelines.record import Output, Record, record_name
+from gigavim_pipelines.thumbnails import add_thumbnail
 
 # One slide at a time in a process, whatever number of threads a worker was given: a slide may end
 # its process, and may use all the memory that the worker has.
 _one_slide = threading.Lock()
 _slides_done = 0
 
-_ANSWER_S = 0.05
-"""Time for a slide's answer to be on its way before its worker leaves."""
+_ANSWER_S = 0.2
+"""Time for the client to fetch a slide's answer before its worker leaves."""
 
 _NOT_FOR_INDEX = frozenset(("provenance", "plan"))
 
@@ -53,11 +55,13 @@ class Job:
     timeout_s: float = 0.0
     recycle_after: int = 0
     overwrite: bool = False
+    token: str = field(default_factory=lambda: uuid4().hex)
+    """Of this attempt."""
 
     def again(self, *, attempt: int) -> "Job":
         """The same slide's job for another attempt."""
         file = self.attempt_file.with_name(f"{self.entry.id}.{attempt}")
-        return replace(self, attempt=attempt, attempt_file=file)
+        return replace(self, attempt=attempt, attempt_file=file, token=uuid4().hex)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,10 @@ def run_slide(job: Job) -> Outcome:
     """Process a slide; errors are an answer too. Called by dask on a worker."""
     me = f"{socket.gethostname()}:{os.getpid()}"
     with _one_slide:
+        # A worker that was lost after it finished, its answer with it: dask asks for it again.
+        record = finished(job)
+        if record is not None:
+            return Outcome(record=record, worker=record.worker)
         try:
             with watched(job.attempt_file, timeout_s=job.timeout_s):
                 outcome = Outcome(record=_record(job, me), worker=me)
@@ -87,6 +95,12 @@ def run_slide(job: Job) -> Outcome:
     return outcome
 
 
+def finished(job: Job) -> Record | None:
+    """The record of this very attempt, if it has ended well."""
+    record = Archive(job.out).record(job.entry.id)
+    return record if record is not None and record.token == job.token else None
+
+
 def _record(job: Job, me: str) -> Record:
     entry, archive = job.entry, Archive(job.out)
     started = time.time()
@@ -97,10 +111,11 @@ def _record(job: Job, me: str) -> Record:
     ):
         fingerprint = input_fingerprint(entry)
         result = _run_task(job, folder)
-        outputs = {kind: _output(path, folder) for kind, path in result.outputs.items()}
+        made = add_thumbnail(result.outputs, folder, entry.id)
+        outputs = {kind: _output(path, folder) for kind, path in made.items()}
         record = Record(
             id=entry.id,
-            slide=entry.slide,
+            slide=as_text(entry.slide),
             recipe=job.fingerprint,
             input=fingerprint,
             stamp=before,
@@ -110,6 +125,7 @@ def _record(job: Job, me: str) -> Record:
             seconds=round(time.time() - started, 3),
             peak_bytes=peak(),
             worker=me,
+            token=job.token,
             label=entry.label,
             summary={k: v for k, v in result.summary.items() if k not in _NOT_FOR_INDEX},
         )
@@ -147,17 +163,21 @@ def _output(path: Path, folder: Path) -> Output:
 
 
 def _recycle(after: int) -> None:
-    """Ask for a fresh process after some slides: libraries leak, caches grow."""
+    """End this process after some slides, for a fresh one: libraries leak, caches grow.
+
+    dask's nanny starts it anew as it does after a crash; that way no message has to arrive in time,
+    and no slide is begun meanwhile.
+    """
     from distributed import get_worker
 
     global _slides_done
     _slides_done += 1
-    worker = get_worker()
     # Without a nanny nobody would start it anew.
-    if after and _slides_done >= after and worker.nanny is not None:
-        worker.loop.add_callback(_close_soon, worker)
+    if after and _slides_done == after and get_worker().nanny is not None:
+        threading.Thread(target=_leave, name="gigavim-recycle", daemon=True).start()
 
 
-async def _close_soon(worker: Any) -> None:
-    await asyncio.sleep(_ANSWER_S)
-    await worker.close_gracefully(restart=True, reason="gigavim-recycle")
+def _leave() -> None:
+    time.sleep(_ANSWER_S)
+    _one_slide.acquire()
+    os._exit(0)

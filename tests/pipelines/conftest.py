@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gigavim.cli.main import main
@@ -86,6 +87,22 @@ def faulty(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "faulty.toml"
     path.write_text(RECIPE)
     return path
+
+
+@pytest.fixture
+def make_tissue() -> Callable[[int], np.ndarray]:
+    """Pixels of white glass with a stained disc: (300, 420, 3) uint8, different for each seed."""
+
+    def make(seed: int) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        pixels = np.full((300, 420, 3), 244, np.uint8)
+        y, x = np.ogrid[:300, :420]
+        disc = (y - 150) ** 2 + (x - 210) ** 2 < (70 + 5 * (seed % 8)) ** 2
+        stain = np.clip(random.normal((190, 120, 170), 25, pixels.shape), 0, 255)
+        pixels[disc] = stain.astype(np.uint8)[disc]
+        return pixels
+
+    return make
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import sqlite3
 import subprocess
 import sys
@@ -153,13 +154,21 @@ def test_shards_share_the_work_and_the_folder(run, faulty, make_slides, tmp_path
     assert run(*command, "--shard", "0/2").code == 2
 
 
+def test_workers_are_replaced_after_some_slides(run, faulty, make_slides, tmp_path):
+    names = [f"s{number}" for number in range(8)]
+    slides = make_slides(**dict.fromkeys(names, f"slow 0.2 {tmp_path}"))
+    result = run("batch", faulty, slides, "-o", "out", "--workers", 2, "--recycle-after", 2)
+    assert result.code == 0, result.err
+    begun = [path.name.split(".") for path in tmp_path.glob("s*.*") if path.suffix[1:].isdigit()]
+    assert sorted(name for name, _ in begun) == names
+    assert len({pid for _, pid in begun}) > 2
+    assert sorted(attempts(tmp_path / "out"))[0][2] == "done"
+    assert len(attempts(tmp_path / "out")) == 8
+
+
 def test_two_runs_at_once_in_one_folder_are_refused(run, faulty, make_slides, tmp_path):
     slides = make_slides(a=f"slow 3 {tmp_path}")
-    command = [sys.executable, "-c", "from gigavim.cli.main import main; main()"]
-    first = subprocess.Popen(
-        [*command, "batch", str(faulty), str(slides), "-o", "out", "--workers", "1"],
-        cwd=tmp_path, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    first = start(tmp_path, "batch", faulty, slides, "-o", "out", "--workers", 1)
     wait_for(tmp_path, "a.*")
     result = run("batch", faulty, slides, "-o", "out")
     assert result.code == 1
@@ -171,11 +180,7 @@ def test_two_runs_at_once_in_one_folder_are_refused(run, faulty, make_slides, tm
 def test_a_run_killed_outright_goes_on_where_it_was(run, faulty, make_slides, tmp_path):
     words = {f"s{number}": f"slow 0.3 {tmp_path}" for number in range(6)}
     slides = make_slides(**words)
-    command = [sys.executable, "-c", "from gigavim.cli.main import main; main()"]
-    process = subprocess.Popen(
-        [*command, "batch", str(faulty), str(slides), "-o", "out", "--workers", "1"],
-        cwd=tmp_path, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(tmp_path, "batch", faulty, slides, "-o", "out", "--workers", 1)
     wait_for(tmp_path, "s3.*")
     process.kill()
     process.wait()
@@ -188,19 +193,60 @@ def test_a_run_killed_outright_goes_on_where_it_was(run, faulty, make_slides, tm
     assert all(begun.count(name) == 1 for name in done)
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments_nothing_is_lost_or_done_twice(run, faulty, make_slides, tmp_path):
+    words = {f"s{number:02d}": f"slow 0.15 {tmp_path}" for number in range(60)}
+    slides = make_slides(**words)
+    rng = random.Random(0)
+    for _ in range(8):
+        process = start(tmp_path, "batch", faulty, slides, "-o", "out", "--workers", 2)
+        time.sleep(rng.uniform(1, 4))
+        # Sometimes all of it, sometimes the client alone: its workers see that it is gone.
+        if rng.random() < 0.5:
+            os.killpg(process.pid, 9)
+        process.kill()
+        process.wait()
+    assert run("batch", faulty, slides, "-o", "out", "--workers", 2).code == 0
+    assert set(results(tmp_path / "out")) == {f"{name}.txt" for name in words}
+    assert len(set(results(tmp_path / "out").values())) == 1
+    assert {path.name for path in (tmp_path / "out/slides").iterdir()} == set(words)
+    outcomes = [name for name, _, outcome in attempts(tmp_path / "out") if outcome != "killed"]
+    assert sorted(outcomes) == sorted(words)
+    # A slide leaves a marker each time that it is begun: none after it was done.
+    for name in words:
+        path = tmp_path / f"out/slides/{name}/{name}.done.json"
+        record = json.loads(path.read_text())
+        begun = [marker.stat().st_mtime for marker in tmp_path.glob(f"{name}.*")]
+        assert max(begun) < record["started"] + record["seconds"]
+
+
+def test_what_did_not_end_comes_last_the_next_time(run, faulty, make_slides, tmp_path):
+    slides = make_slides(a="unwell", b="fine")
+    command = ("batch", faulty, slides, "-o", "out", "--workers", 1)
+    assert run(*command).code == 3
+    make_slides(c="fine", a="fine")
+    result = run(*command)
+    assert result.code == 0
+    assert result.err.index("c: done") < result.err.index("a: done")
+
+
 def test_a_worker_killed_costs_an_attempt(run, faulty, make_slides, tmp_path):
     slides = make_slides(a=f"slow 2 {tmp_path}", b="fine")
-    command = [sys.executable, "-c", "from gigavim.cli.main import main; main()"]
-    process = subprocess.Popen(
-        [*command, "batch", str(faulty), str(slides), "-o", "out", "--workers", "2"],
-        cwd=tmp_path, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(tmp_path, "batch", faulty, slides, "-o", "out", "--workers", 2)
     (marker,) = wait_for(tmp_path, "a.*")
     os.kill(int(marker.suffix[1:]), 9)
     assert process.wait(60) == 0
     assert [outcome for name, _, outcome in attempts(tmp_path / "out") if name == "a"] == [
         "killed", "done",
     ]  # fmt: skip
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen:
+    """A run of the command line in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gigavim", *map(str, arguments)], cwd=folder,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
 
 
 def wait_for(folder: Path, pattern: str, seconds: float = 30) -> list[Path]:

@@ -1,0 +1,133 @@
+"""The index of an archive: one row per slide, for analysts, as csv and as parquet."""
+
+import csv
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gigavim.errors import GigavimError
+from gigavim.outputs.atomic import atomic_path
+from gigavim_pipelines.folders import Archive
+from gigavim_pipelines.ledger import read_ledgers
+from gigavim_pipelines.record import Record
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+EMBEDDING = "embedding"
+_HEAD = (
+    "id", "slide", "label", "state", "reason", "error", "folder", "store", "size_bytes", "seconds",
+    "peak_bytes", "width_px", "height_px", "mpp", "tokens", "unreadable_fraction", "warnings",
+)  # fmt: skip
+_FROM_LEDGER = (
+    "id", "slide", "label", "state", "reason", "error", "size_bytes", "seconds", "peak_bytes",
+)  # fmt: skip
+_QUALITY = ("tissue_fraction", "tissue_mm2", "fine_detail", "blurred_fraction", "saturation")
+
+
+def read_index(out: Path) -> list[Row]:
+    """One row per slide that a run knows, in order of id.
+
+    Beyond the usual columns there are `fraction NAME` and `area_mm2 NAME` (`area_ha` for rasters)
+    per class, and measures of quality. Paths are relative to the folder; `store` is that of the
+    embeddings, else of the label map.
+
+    Raises:
+        OutputError: no batch ran there.
+    """
+    archive = Archive(out)
+    slides, _ = read_ledgers(out)
+    return [_row(archive, slide) for slide in sorted(slides, key=lambda slide: str(slide["id"]))]
+
+
+def write_index(out: Path, rows: list[Row]) -> list[Path]:
+    """Write index.csv, and index.parquet with each slide's embedding if pyarrow is there.
+
+    Returns:
+        The files written.
+    """
+    columns = [*_HEAD, *dict.fromkeys(key for row in rows for key in row if key not in _HEAD)]
+    written = [out / "index.csv"]
+    with (
+        atomic_path(written[0], overwrite=True) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        log.warning("index.csv only: index.parquet needs pyarrow: pip install 'gigavim[archive]'.")
+        return written
+    table = pyarrow.table({name: _column(pyarrow, rows, name) for name in columns})
+    embeddings = [_embedding(out, row) for row in rows]
+    if any(vector is not None for vector in embeddings):
+        column = pyarrow.array(embeddings, pyarrow.list_(pyarrow.float32()))
+        table = table.append_column(EMBEDDING, column)
+    written.append(out / "index.parquet")
+    with atomic_path(written[1], overwrite=True) as partial:
+        pyarrow.parquet.write_table(table, partial)
+    return written
+
+
+def _row(archive: Archive, slide: Row) -> Row:
+    row: Row = {name: slide.get(name) for name in ("id", "slide", "label", "state")}
+    row |= {
+        name: slide[name] for name in ("reason", "error", "size_bytes", "seconds", "peak_bytes")
+    }
+    record = archive.record(slide["id"]) if slide["state"] == "done" else None
+    if record is not None:
+        row |= dict(_facts(archive, record))
+    return row
+
+
+def _facts(archive: Archive, record: Record) -> Iterator[tuple[str, Any]]:
+    """What a record says of the slide."""
+    summary = record.summary
+    yield "folder", (archive.slides / record.id).relative_to(archive.root).as_posix()
+    stores = [record.outputs[kind].path for kind in ("store", "ome-tiff", "geotiff")
+              if kind in record.outputs]  # fmt: skip
+    if stores:
+        yield "store", f"slides/{record.id}/{stores[0]}"
+    size = summary.get("map") or summary
+    yield "width_px", size.get("width_px")
+    yield "height_px", size.get("height_px")
+    yield "mpp", size.get("mpp_x", size.get("mpp"))
+    tokens = summary.get("tokens")
+    yield "tokens", tokens.get("count") if isinstance(tokens, dict) else tokens
+    yield "unreadable_fraction", (summary.get("coverage") or {}).get("unreadable")
+    yield "warnings", "; ".join(map(str, summary.get("warnings") or [])) or None
+    for entry in summary.get("classes") or []:
+        for key, value in entry.items():
+            if key in ("fraction", "area_mm2", "area_ha"):
+                yield f"{key} {entry['name']}", value
+    for key in _QUALITY:
+        if key in summary:
+            yield key, summary[key]
+
+
+def _column(pyarrow: Any, rows: list[Row], name: str) -> Any:
+    """Values of the type that they share; as text where they share none."""
+    values = [row.get(name) for row in rows]
+    if name in ("id", "slide", "label", "state", "reason", "error", "folder", "store", "warnings"):
+        return pyarrow.array(values, pyarrow.string())
+    if name in ("size_bytes", "peak_bytes", "width_px", "height_px", "tokens"):
+        return pyarrow.array(values, pyarrow.int64())
+    return pyarrow.array(values, pyarrow.float64())
+
+
+def _embedding(out: Path, row: Row) -> Any:
+    """The slide embedding of a row's store: (D,) float32, or None."""
+    if not str(row.get("store") or "").endswith(".zarr"):
+        return None
+    import gigavim
+
+    try:
+        return gigavim.open_embeddings(out / row["store"]).slide_embedding
+    except GigavimError as error:
+        log.warning("%s", error)
+        return None
