@@ -15,14 +15,11 @@ from gigavim.errors import GigavimError
 
 # name -> (module, one line of help): listing the commands imports none of them.
 COMMANDS = {
-        "Say what will run on this machine, and check that it is right.",
-        "gigavim.cli.doctor",
     "batch": ("gigavim.cli.batch", "Run an archive of slides through a recipe, resumably."),
     "convert": ("gigavim.cli.convert", "Convert embedding stores to other tools' formats."),
-    "doctor": (
+    "doctor": ("gigavim.cli.doctor", "Say what runs on this machine, and check that it is right."),
     "embed": ("gigavim.cli.embed", "Embed slides into stores that other tools are fed from."),
     "evaluate": ("gigavim.cli.evaluate", "Score a model on labelled pictures."),
-    "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
     "info": ("gigavim.cli.info", "Say what a slide or an embedding store is."),
     "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
     "pretrain": ("gigavim.cli.pretrain", "Train an encoder on pictures without labels."),
@@ -30,7 +27,6 @@ COMMANDS = {
     "status": ("gigavim.cli.status", "Say how a batch stands: done, running, failed and why."),
     "train": ("gigavim.cli.train", "Train a segmentation model by a recipe."),
     "verify": ("gigavim.cli.verify", "Check embedding stores against their checksums."),
-    ),
 }
 
 
