@@ -219,7 +219,7 @@ def run_all(stems: dict[Path, str], work: Callable[[Path, str], None], *, fail_f
         except GigavimError as error:
             if len(stems) == 1 or fail_fast:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {options.one_line(error)}", err=True)
             failed.append((path, error))
     if failed:
         click.echo(f"\n{len(failed)} of {len(stems)} slides failed:", err=True)
