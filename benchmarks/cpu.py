@@ -1,4 +1,4 @@
-"""How fast the encoder runs on a CPU: `python -m benchmarks.cpu [--json FILE] [--quick] [--runs N]`.
+"""How fast the encoder runs on a CPU: `python -m benchmarks.cpu [--json FILE] [--runs N]`.
 
 Whole sweeps over one sequence (both passes, all blocks), in tokens per second, beside
 
