@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SLIDE_MODEL, LARGE_SLIDE_MODEL = "histo-nuclei-nano", "histo-nuclei"
 RASTER_MODEL = "aerial-landcover"
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,11 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
     from gigavim.model.vim import Vim
     from gigavim.model.weights import fill, read_safetensors, tie_rates
 
+    if path.suffix in PICKLED:
+        raise ModelError(
+            f"{path}: --weights takes a safetensors file, of a whole segmentation model (encoders "
+            "of published .pth files: gigavim models import)"
+        )
     model = SegmentationModel(Vim(card.config), len(card.classes))
     fill(model, read_safetensors(path), source=path)
     if card.tied_rates:

@@ -71,6 +71,28 @@ def test_a_slide_with_bounds(exact_model, write_scn, tmp_path, in_bounds):
     assert polygon_box(result.outputs["geojson"]) == expected
 
 
+@pytest.mark.parametrize("mpp", [0.5, 0.25])
+def test_a_mirax_slide_of_photos_that_stray_from_their_grid(
+    exact_model, mrxs_writer, tmp_path, mpp
+):
+    path = tmp_path / "mirax.mrxs"
+    box = (270, 160, 430, 324)  # across all four photos
+    photos = {(2, 1): (232, 114), (3, 1): (350, 114), (2, 2): (232, 230), (3, 2): (350, 228)}
+    world = rectangle(600, 700, box)
+    mrxs_writer(path, world, photos, grid_wh=(6, 5), overlap_px=14, mpp=mpp)
+    with gigavim.open_slide(path) as slide:
+        assert (slide.bounds.x_level0, slide.bounds.y_level0) == (232, 114)
+        assert (slide.bounds.width_level0, slide.bounds.height_level0) == (246, 244)
+    result = segment(path, exact_model)
+    labels = tifffile.imread(result.outputs["ome-tiff"])
+    scale = round(0.5 / mpp)  # at 0.25 the model sees level 1
+    assert labels.shape == (244 // scale, 246 // scale)
+    moved = [box[0] - 232, box[1] - 114, box[2] - 232, box[3] - 114]
+    assert box_of(labels) == tuple(edge // scale for edge in moved)
+    assert polygon_box(result.outputs["geojson"]) == tuple(moved)
+    assert json.loads(result.outputs["summary"].read_text())["map"]["x_level0"] == 232
+
+
 @pytest.mark.parametrize("mpp", [0.5, 0.25, 0.3, 0.21])
 def test_any_downsample_and_odd_sizes(exact_model, tmp_path, mpp):
     path = tmp_path / "slide.tif"

@@ -47,7 +47,7 @@ def command(
         except GigavimError as error:
             if len(inputs) == 1:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {options.one_line(error)}", err=True)
             failures += 1
             continue
         if as_json:

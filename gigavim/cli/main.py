@@ -112,7 +112,7 @@ def _run(arguments: list[str]) -> int:
     except GigavimError as error:
         if options.wants_tracebacks():
             raise
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {options.one_line(error)}", err=True)
         return 1
     except MemoryError as error:
         if options.wants_tracebacks():

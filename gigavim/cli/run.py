@@ -225,7 +225,7 @@ def run_all(
         except GigavimError as error:
             if len(stems) == 1 or fail_fast:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {options.one_line(error)}", err=True)
             failed.append((path, error))
     if failed:
         click.echo(f"\n{len(failed)} of {len(stems)} {kind} failed:", err=True)
