@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 import gigavim
 from gigavim.config import Settings
 from gigavim.store.reader import EmbeddingStore
-from gigavim.training.data import VALIDATION_GROUPS
+from gigavim.training.recipe import load_recipe
 
 FIELD_MPP = 0.23
 
@@ -102,8 +102,9 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 def main(root: Path, groups_csv: Path, fields: int) -> None:
     """Compare a probe on embeddings with one on mean colour."""
     groups = fields_by_group(root, groups_csv)
-    train = [p for g, paths in groups.items() if g not in VALIDATION_GROUPS for p in paths[:fields]]
-    test = [path for group in VALIDATION_GROUPS for path in groups.get(group, [])[:fields]]
+    held_out = load_recipe("histo-nuclei-nano").split.validation_groups
+    train = [p for g, paths in groups.items() if g not in held_out for p in paths[:fields]]
+    test = [path for group in held_out for path in groups.get(group, [])[:fields]]
     with tempfile.TemporaryDirectory() as folder:
         learned, seen = samples(train, Path(folder)), samples(test, Path(folder))
     click.echo(f"{len(train)} fields to learn from, {len(test)} of unseen slides to test on")
