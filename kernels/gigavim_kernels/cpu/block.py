@@ -230,8 +230,8 @@ class _Chunk:
             last = len(self._directions) - 1
             for i, d in enumerate(self._directions):
                 z = _bits(self._z) if outputs and i == last else None
-                # y holds the sum of the directions so far: a buffer in float32 would cost a tenth
-                # of the time, and the products round it to their dtype anyway.
+                # y holds the sum of the directions so far: a buffer in float32 would cost some
+                # bandwidth, and the products round it to their dtype anyway.
                 p, n = self._projected[i].numpy(), len(d.A2)
                 scan_channels(
                     _bits(self._c[i]), p[:, 2 * n :], d.dt_weight, d.dt_bias, d.A2,
