@@ -82,7 +82,8 @@ def command(
         return
     click.echo(f"{card.name} on {len(pictures)} pictures of {', '.join(report['groups'])}")
     click.echo(f"{'':14}{'Dice':>8}{'IoU':>8}{'edge F1':>9}")
-    for name in names:
+    there = [sum(row) > 0 for row in report["confusion"]["pixels"]]
+    for name in (name for name, is_there in zip(names, there, strict=True) if is_there):
         row = (report["scores"][f"{name}_{kind}"] for kind in ("dice", "iou"))
         cells = "".join(f"{value:8.3f}" for value in row)
         click.echo(f"{name:14}{cells}{report['boundary_f1'][name]:9.3f}")
