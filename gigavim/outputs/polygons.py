@@ -130,9 +130,10 @@ def regions(
                 if done is not None:
                     done(tile[0].height * tile[0].width)
             for layer in seams:
-                ended = options.kept(Regions(*layer.finish_row(last=y1 == labels.height)))
-                if len(ended.labels):
-                    yield ended
+                for ended in layer.finish_row(last=y1 == labels.height):
+                    kept = options.kept(Regions(*ended))
+                    if len(kept.labels):
+                        yield kept
 
 
 def layer_tables(classes: Sequence[ClassSpec]) -> list[np.ndarray]:

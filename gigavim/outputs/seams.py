@@ -5,12 +5,15 @@ a union-find over those edges, and united once the sweep has passed them (`outpu
 inside a tile take no part in that.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import shapely
 
 from gigavim.outputs.stitch import stitch
+
+BATCH_CORNERS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +74,32 @@ class Seams:
         self._left = sides.right
         self._below[span] = sides.bottom
 
-    def finish_row(self, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Close the row of tiles: (n,) labels and polygons of the regions that grow no more."""
+    def finish_row(self, *, last: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Close the row of tiles: (n,) labels and polygons of the regions that grow no more.
+
+        They come in batches of bounded size, or one by one where they are larger.
+        """
         self._left = None
         self._above, self._below = self._below, np.full(self.width, -1, np.int64)
         growing: set[int] = set()
         if not last:
             edge = self._above[self._above >= 0]
             growing = {self._root(number) for number in np.unique(edge).tolist()}
-        ended = [root for root in self._members if root not in growing]
-        labels = np.array([self._labels[root] for root in ended], np.int64)
-        polygons = np.empty(len(ended), object)
-        for place, root in enumerate(ended):
+        labels: list[int] = []
+        polygons: list[shapely.Polygon] = []
+        corners = 0
+        for root in [root for root in self._members if root not in growing]:
             members = self._members.pop(root)
-            polygons[place] = unite(
-                [self._polygons.pop(number) for number in members], self.tile_px
-            )
+            labels.append(self._labels[root])
+            polygons.append(unite([self._polygons.pop(n) for n in members], self.tile_px))
+            corners += int(shapely.get_num_coordinates(polygons[-1]))
             for number in members:
                 del self._parent[number], self._labels[number]
-        return labels, canonical(polygons)
+            if corners > BATCH_CORNERS:
+                yield _batch(labels, polygons)
+                labels, polygons, corners = [], [], 0
+        if labels:
+            yield _batch(labels, polygons)
 
     def _join(self, one: np.ndarray, other: np.ndarray) -> None:
         both = (one >= 0) & (other >= 0)
@@ -140,6 +150,12 @@ class _Sides:
             right=side(0, tile.x + tile.width, tile.y, tile.height),
             bottom=side(1, tile.y + tile.height, tile.x, tile.width),
         )
+
+
+def _batch(labels: list[int], polygons: list[shapely.Polygon]) -> tuple[np.ndarray, np.ndarray]:
+    made = np.empty(len(polygons), object)
+    made[:] = polygons
+    return np.array(labels, np.int64), canonical(made)
 
 
 def unite(pieces: list[shapely.Polygon], tile_px: int) -> shapely.Polygon:
