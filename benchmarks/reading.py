@@ -49,7 +49,7 @@ def source_slide() -> Path:
     return Path(__file__).parent.parent / "sample_data" / "histology.svs"
 
 
-def repeat_tiles(source: Path, target: Path) -> tuple[list[bytes], bytes]:
+def repeat_tiles(source: Path, target: Path, side_px: int = SIDE_PX) -> tuple[list[bytes], bytes]:
     """Write the repeated slide; return its tiles in file order, and their JPEG tables."""
     with tifffile.TiffFile(source) as tiff:
         page = tiff.pages.first
@@ -63,7 +63,7 @@ def repeat_tiles(source: Path, target: Path) -> tuple[list[bytes], bytes]:
         for index in inner:
             tiff.filehandle.seek(page.dataoffsets[index])
             stored.append(tiff.filehandle.read(page.databytecounts[index]))
-        side = SIDE_PX // page.tilewidth
+        side = side_px // page.tilewidth
         tiles = [
             stored[(row % rows) * columns + column % columns]
             for row, column in itertools.product(range(side), range(side))

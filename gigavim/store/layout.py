@@ -243,7 +243,7 @@ def create_plain(
 
 def codec() -> BloscCodec:
     """The compression of every array of a store: any zarr v3 reader has it."""
-    return BloscCodec(cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle)
+    return BloscCodec(cname="lz4", clevel=1, shuffle=BloscShuffle.bitshuffle)
 
 
 def is_store(path: Path) -> bool:

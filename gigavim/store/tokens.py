@@ -83,7 +83,7 @@ class TokenWriter:
         shares = np.empty((stop - start, self._classes), np.float16)
         for first in range(start, stop, BATCH_TOKENS):
             last = min(first + BATCH_TOKENS, stop)
-            tokens = self._sequence.gather(self.slots(torch.arange(first, last)))
+            tokens = self._between(first, last)
             batch = slice(first - start, last - start)
             embeddings[batch] = as_stored(tokens, self.dtype)
             total += tokens.sum(0).double().cpu().numpy()
@@ -92,6 +92,15 @@ class TokenWriter:
                 shares[batch] = logits.softmax(1).mean((2, 3)).cpu().numpy()
         behind.do(lambda: self._put_shard(slice(start, stop), embeddings, shares))
         return total
+
+    def _between(self, first: int, last: int) -> Tensor:
+        """(last - first, D) neighbouring patches: a view where no class token lies among them."""
+        begin, end = self.slots(torch.tensor([first, last - 1])).tolist()
+        if end - begin == last - 1 - first:
+            rows = self._sequence.rows(begin, end + 1)
+            self._sequence.release(begin, end + 1)
+            return rows
+        return self._sequence.gather(self.slots(torch.arange(first, last)))
 
     def _put_shard(
         self, rows: slice, embeddings: npt.NDArray[Any], shares: npt.NDArray[Any]
@@ -180,7 +189,7 @@ def _put_level(
     count: Tensor,
     dtype: layout.EmbeddingType,
 ) -> None:
-    stored = means.numpy().astype(dtype)
+    stored = (means.half() if dtype == "float16" else means).numpy()
     stored[count.numpy() == 0] = np.nan
     put(group, "embeddings", window, stored)
     put(group, "count", window, count.numpy().astype(np.uint32))
