@@ -26,6 +26,7 @@ from gigavim.outputs.ground import GroundTransform
 from gigavim.outputs.labels import LabelMap
 from gigavim.outputs.polygons import KEEP_ALL, TILE_PX, PolygonOptions, Regions, regions
 
+RINGS_AT_ONCE = 4096
 DECIMALS_PX = 3
 DECIMALS_DEGREES = 8
 """About a millimetre."""
@@ -89,10 +90,25 @@ def write_geojson(
         for batch in found:
             for feature in describe(batch, options):
                 out.write(b",\n" if count else b"\n")
-                out.write(orjson.dumps(feature, option=orjson.OPT_SERIALIZE_NUMPY))
+                _write_feature(out, feature)
                 count += 1
         out.write(b"\n]}\n")
     return count
+
+
+def _write_feature(out: BinaryIO, feature: dict[str, Any]) -> None:
+    """Write one feature; the rings of a polygon with very many in parts, not all as one text."""
+    rings = feature["geometry"]["coordinates"]
+    if feature["geometry"]["type"] != "Polygon" or len(rings) <= RINGS_AT_ONCE:
+        out.write(orjson.dumps(feature, option=orjson.OPT_SERIALIZE_NUMPY))
+        return
+    empty = feature | {"geometry": {"type": "Polygon", "coordinates": []}}
+    head, tail = orjson.dumps(empty).split(b'"coordinates":[]', 1)
+    out.write(head + b'"coordinates":[')
+    for start in range(0, len(rings), RINGS_AT_ONCE):
+        part = orjson.dumps(rings[start : start + RINGS_AT_ONCE], option=orjson.OPT_SERIALIZE_NUMPY)
+        out.write((b"," if start else b"") + part[1:-1])
+    out.write(b"]" + tail)
 
 
 Describer = Callable[[Regions, PolygonOptions], Iterator[dict[str, Any]]]
@@ -176,8 +192,8 @@ def region_ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> li
     """UUIDs of regions: no two of a class begin at the same corner of a pixel."""
     if not len(batch.labels):
         return []
-    _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(batch.polygons)
-    corners = xy[ring_starts[polygon_starts[:-1]]].astype(np.int64).tolist()
+    first = shapely.get_point(shapely.get_exterior_ring(batch.polygons), 0)
+    corners = shapely.get_coordinates(first).astype(np.int64).tolist()
     return [
         str(uuid5(NAMESPACE_URL, f"gigavim:{seed}:{classes[label].name}:{x}:{y}"))
         for label, (x, y) in zip(batch.labels.tolist(), corners, strict=True)
@@ -186,7 +202,7 @@ def region_ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> li
 
 def _exact(xy: np.ndarray) -> np.ndarray:
     """Coordinates to a thousandth of a pixel, as integers where all are."""
-    rounded = np.round(xy, DECIMALS_PX)
+    rounded = np.round(xy, DECIMALS_PX, out=xy)
     whole = rounded.astype(np.int64)
     return whole if np.array_equal(whole, rounded) else rounded
 

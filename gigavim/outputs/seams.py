@@ -155,7 +155,7 @@ class _Sides:
 def _batch(labels: list[int], polygons: list[shapely.Polygon]) -> tuple[np.ndarray, np.ndarray]:
     made = np.empty(len(polygons), object)
     made[:] = polygons
-    return np.array(labels, np.int64), canonical(made)
+    return np.array(labels, np.int64), normal(made)
 
 
 def unite(pieces: list[shapely.Polygon], tile_px: int) -> shapely.Polygon:
@@ -193,37 +193,6 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def canonical(polygons: np.ndarray) -> np.ndarray:
-    """(n,) polygons in the form that depends on nothing but their shape (`polygons.Regions`)."""
-    return normal(drop_collinear(polygons))
-
-
 def normal(polygons: np.ndarray) -> np.ndarray:
-    """(n,) polygons, whose vertices are corners only, in that form."""
+    """(n,) polygons, whose vertices are corners only, in the form of `polygons.Regions`."""
     return np.asarray(shapely.reverse(shapely.normalize(polygons)))
-
-
-def drop_collinear(polygons: np.ndarray) -> np.ndarray:
-    """(n,) polygons without the vertices at which their axis-parallel rings do not turn."""
-    if not len(polygons):
-        return polygons
-    _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(polygons)
-    first, last = ring_starts[:-1], ring_starts[1:] - 1  # last repeats first
-    before = np.arange(-1, len(xy) - 1)
-    before[first] = last - 1
-    after = np.arange(1, len(xy) + 1)
-    after[last] = first + 1
-    turns = ((xy[before] != xy).any(1)) & ~((xy[before] == xy) & (xy == xy[after])).any(1)
-    turns[last] = False
-    # A ring closes with its own first vertex that is left.
-    kept = np.add.reduceat(turns.astype(np.int64), first)
-    starts = np.concatenate([[0], np.cumsum(kept + 1)])
-    corners = np.empty((starts[-1], 2))
-    closing = starts[1:] - 1
-    open_ends = np.ones(len(corners), bool)
-    open_ends[closing] = False
-    corners[open_ends] = xy[turns]
-    corners[closing] = corners[starts[:-1]]
-    return np.asarray(
-        shapely.from_ragged_array(shapely.GeometryType.POLYGON, corners, (starts, polygon_starts))
-    )

@@ -21,7 +21,7 @@ def stitch(xy: Numbers, ring_starts: Numbers, tile_px: int) -> tuple[Numbers, Nu
         tile_px: seams lie at its multiples.
 
     Returns:
-        The same two of the whole region's rings; a ring may begin on a straight edge.
+        The same two of the whole region's rings.
     """
     width = int(xy[:, 0].max()) + 1
     edges, on_seam = _edges(xy, ring_starts, tile_px)
@@ -91,6 +91,7 @@ def _chain(edges: Numbers, start: Numbers, width: int) -> tuple[Numbers, Numbers
         if used[first]:
             continue
         edge, heading, begin = first, -1, corners
+        departed = _heading(edges[first, 2] - edges[first, 0], edges[first, 3] - edges[first, 1])
         while True:
             used[edge] = True
             x, y, to_x, to_y = edges[edge]
@@ -107,6 +108,10 @@ def _chain(edges: Numbers, start: Numbers, width: int) -> tuple[Numbers, Numbers
             ):
                 break
             edge = _next(edges, start, used, to_y * width + to_x, heading)
+        if heading == departed:  # the ring began on a straight edge
+            for corner in range(begin, corners - 1):
+                xy[corner] = xy[corner + 1]
+            corners -= 1
         xy[corners] = xy[begin]
         corners += 1
         rings += 1
