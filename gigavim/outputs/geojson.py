@@ -142,7 +142,7 @@ def _qupath_describer(
         areas_um2 = shapely.area(batch.polygons) * frame.mpp_x * frame.mpp_y
         ids = region_ids(batch, classes, seed=seed)
         polygons = options.simplified(batch.polygons)
-        geometries = _geometries(polygons, lambda xy: _exact(xy * scale + shift))
+        geometries = _geometries(polygons, lambda xy: _exact(xy, scale, shift))
         for label, area_um2, uid, geometry in zip(
             batch.labels.tolist(), areas_um2.tolist(), ids, geometries, strict=True
         ):
@@ -200,10 +200,12 @@ def region_ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> li
     ]
 
 
-def _exact(xy: np.ndarray) -> np.ndarray:
-    """Coordinates to a thousandth of a pixel, as integers where all are."""
+def _exact(xy: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """`xy` scaled and shifted in place, to a thousandth of a pixel; as integers where all are."""
+    xy *= scale
+    xy += shift
     rounded = np.round(xy, DECIMALS_PX, out=xy)
-    whole = rounded.astype(np.int64)
+    whole = rounded.astype(np.int32)  # no slide has 2^31 px a side
     return whole if np.array_equal(whole, rounded) else rounded
 
 
@@ -212,7 +214,9 @@ def _geometries(
 ) -> Iterator[dict[str, Any]]:
     """GeoJSON geometries whose coordinates are slices of one array."""
     multi = (shapely.get_type_id(polygons) == shapely.GeometryType.MULTIPOLYGON).tolist()
-    parts, owner = shapely.get_parts(polygons, return_index=True)
+    parts, owner = polygons, np.arange(len(polygons))
+    if any(multi):  # parts are copies
+        parts, owner = shapely.get_parts(polygons, return_index=True)
     _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(parts)
     xy = np.ascontiguousarray(convert(xy))
     starts, first_ring = ring_starts.tolist(), polygon_starts.tolist()

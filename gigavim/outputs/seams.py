@@ -163,28 +163,25 @@ def unite(pieces: list[shapely.Polygon], tile_px: int) -> shapely.Polygon:
     if len(pieces) == 1:
         return pieces[0]
     _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(pieces)
-    whole = xy.astype(np.int64)
-    # Rings that touch no seam are holes as they are.
-    on_seam = (whole % tile_px == 0).any(1)
-    cut = np.logical_or.reduceat(on_seam, ring_starts[:-1])
-    cut[polygon_starts[:-1]] = True
-    ring_of = np.repeat(np.arange(len(cut)), np.diff(ring_starts))
+    pieces.clear()  # they may be large, and are in `xy` now
     lengths = np.diff(ring_starts)
-    joined, joined_starts = stitch(whole[cut[ring_of]], _starts(lengths[cut]), tile_px)
-    rings = np.concatenate([joined, whole[~cut[ring_of]]])
-    starts = np.concatenate([joined_starts, joined_starts[-1] + _starts(lengths[~cut])[1:]])
+    # Rings that touch no seam are holes as they are.
+    cut = np.logical_or.reduceat((xy.astype(np.int32) % tile_px == 0).any(1), ring_starts[:-1])
+    cut[polygon_starts[:-1]] = True
+    corner_cut = np.repeat(cut, lengths)
+    joined, joined_starts = stitch(xy[corner_cut].astype(np.int64), _starts(lengths[cut]), tile_px)
     # The exterior goes round everything, so its corner is the first of all.
     first = np.lexsort((joined[:, 0], joined[:, 1]))[0]
     exterior = int(np.searchsorted(joined_starts, first, side="right")) - 1
-    order = np.concatenate([[exterior], np.delete(np.arange(len(starts) - 1), exterior)])
-    ordered = _starts(np.diff(starts)[order])
-    gather = np.repeat(starts[order] - ordered[:-1], np.diff(ordered)) + np.arange(len(rings))
-    polygon = shapely.from_ragged_array(
-        shapely.GeometryType.POLYGON,
-        rings[gather].astype(np.float64),
-        (ordered, np.array([0, len(order)])),
+    rings = np.split(joined, joined_starts[1:-1])
+    rings.insert(0, rings.pop(exterior))
+    starts = _starts(np.concatenate([[len(ring) for ring in rings], lengths[~cut]]))
+    corners = np.concatenate([*rings, xy[~corner_cut]], dtype=np.float64)
+    del xy, rings, joined
+    polygons = shapely.from_ragged_array(
+        shapely.GeometryType.POLYGON, corners, (starts, np.array([0, len(starts) - 1]))
     )
-    made: shapely.Polygon = polygon[0]
+    made: shapely.Polygon = polygons[0]
     return made
 
 
