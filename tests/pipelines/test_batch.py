@@ -174,6 +174,9 @@ def test_two_runs_at_once_in_one_folder_are_refused(run, faulty, make_slides, tm
     assert result.code == 1
     assert "another run is at work there" in result.err
     assert json.loads(run("status", "out", "--json").out)["running"] == 1
+    watched = run("status", "out", "--watch", 0.2)
+    assert "running  a for" in watched.out
+    assert watched.out.count("1   100.0%") > 1
     assert first.wait(60) == 0
 
 
