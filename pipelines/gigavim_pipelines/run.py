@@ -28,7 +28,7 @@ from gigavim_pipelines.worker import Job
 if TYPE_CHECKING:
     from distributed import Client
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 _PATIENCE_S = 120.0
 """Workers of this machine that do not start in that time never will."""

@@ -157,7 +157,9 @@ def test_shards_share_the_work_and_the_folder(run, faulty, make_slides, tmp_path
 def test_workers_are_replaced_after_some_slides(run, faulty, make_slides, tmp_path):
     names = [f"s{number}" for number in range(8)]
     slides = make_slides(**dict.fromkeys(names, f"slow 0.2 {tmp_path}"))
-    result = run("batch", faulty, slides, "-o", "out", "--workers", 2, "--recycle-after", 2)
+    # However soon dask would give lost workers up, they come back.
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "10ms"}):
+        result = run("batch", faulty, slides, "-o", "out", "--workers", 2, "--recycle-after", 2)
     assert result.code == 0, result.err
     begun = [path.name.split(".") for path in tmp_path.glob("s*.*") if path.suffix[1:].isdigit()]
     assert sorted(name for name, _ in begun) == names
