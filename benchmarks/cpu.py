@@ -1,4 +1,4 @@
-"""How fast the encoder runs on a CPU: `python -m benchmarks.cpu [--json FILE] [--quick]`.
+"""How fast the encoder runs on a CPU: `python -m benchmarks.cpu [--json FILE] [--runs N]`.
 
 Whole sweeps over one sequence (both passes, all blocks), in tokens per second, beside
 
@@ -216,8 +216,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def encoder_rates(quick: bool) -> dict[str, Rates]:
-    runs = 1 if quick else 3
+def encoder_rates(quick: bool, runs: int) -> dict[str, Rates]:
     rates: dict[str, Rates] = {}
     precisions: tuple[Precision, ...] = ("bf16", "fp32")
     for model in MODELS:
@@ -247,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--quick", action="store_true", help="shorter sequences, one run each")
+    parser.add_argument("--runs", type=int, help="of each, the best counts [default: 3]")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "TOKENS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
@@ -254,7 +254,9 @@ def main() -> None:
         return
     report: dict[str, Any] = {"machine": machine()}
     show("machine", report["machine"])
-    report["tokens_per_second"] = encoder_rates(arguments.quick)
+    report["tokens_per_second"] = encoder_rates(
+        arguments.quick, arguments.runs or (1 if arguments.quick else 3)
+    )
     for title, rates in report["tokens_per_second"].items():
         show(f"{title}, tokens/s", rates)
     report["memory"] = {}

@@ -26,13 +26,13 @@ from gigavim.engine.sequence import TokenSequence
 from gigavim.engine.sweep import sweep_block
 from gigavim.model.registry import REGISTRY
 from gigavim.model.vim import Vim
-from gigavim_kernels import chunked, naive
+from gigavim_kernels import chunked, selftest
 from gigavim_kernels.backends import Precision, backend_name, prepare_block
 from gigavim_kernels.block import BlockKernel
 from gigavim_kernels.cuda import ops
 from gigavim_kernels.cuda.block import CudaBlock
 from gigavim_kernels.cuda.plan import multiprocessors, plan_scan
-from gigavim_kernels.cuda.scan import scan, scan_states
+from gigavim_kernels.cuda.scan import join, scan, scan_states
 from gigavim_kernels.torch_block import TorchBlock
 from gigavim_kernels.weights import BlockWeights
 
@@ -146,17 +146,19 @@ def forward_backward(run: Scan, leaves: dict[str, Tensor]) -> None:
 def time_chunks(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     """The plan's chunk length against shorter and longer ones, and the passes by themselves."""
     for batch, length in sizes.scans:
-        given = {
-            n: t[None] if n != "z" else t for n, t in scan_arguments(batch, length, device).items()
-        }
+        drawn = scan_arguments(batch, length, device)
+        given = {n: drawn[n][None] for n in ("x", "dt", "A", "dt_bias")}
+        given["bc"] = join(drawn["B"], drawn["C"])[None]
+        gated = given | {"D": drawn["D"][None], "z": drawn["z"]}
         chosen = plan_scan(batch, length, E, N, multiprocessors=multiprocessors(device)).chunk
         row: dict[str, Any] = {"what": f"{batch} x {length:,}", "chunk": chosen}
         for factor in (0.125, 0.25, 0.5, 0.75, 1, 2):
             chunk = max(1, int(chosen * factor))
-            taken = median_seconds(lambda g=given, c=chunk: scan(**g, reverse=[False], chunk=c))
+            taken = median_seconds(lambda g=gated, c=chunk: scan(**g, reverse=[False], chunk=c))
             row[f"x {factor:g}"] = taken / batch / length * 1e9
-        without = {n: given[n] for n in ("x", "dt", "A", "B", "dt_bias")}
-        taken = median_seconds(lambda w=without: scan_states(**w, reverse=[False]))
+        taken = median_seconds(lambda g=gated: scan(**g, reverse=[False], mark=True))
+        row["marked"] = taken / batch / length * 1e9
+        taken = median_seconds(lambda g=given: scan_states(**g, reverse=[False]))
         row["states only"] = taken / batch / length * 1e9
         yield row
 
@@ -201,11 +203,6 @@ def synchronized_seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    expected = expected.double().cpu()
-    return float((found.double().cpu() - expected).norm() / expected.norm())
-
-
 def check_sweep(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     """Vim-Ti over one sequence in odd chunks, against the CPU in float32."""
     torch.manual_seed(0)
@@ -230,31 +227,15 @@ def check_sweep(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
             )
             yield {
                 "what": f"sweep, {precision}, chunk {chunk}",
-                "relative error": relative_error(found - start, expected - start),
+                "relative error": selftest.relative_error(found - start, expected - start),
             }
 
 
 def check_huge(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Windows of a scan whose offsets pass 2^32, from a state that the steps before forget."""
-    given = scan_arguments(1, sizes.huge, device)
-    given["dt_bias"] += 2.5
-    given["A"] = given["A"] - 1
-    warm, window = (600, 100) if sizes.huge > 10_000 else (100, 20)
-    for reverse in (False, True):
-        y = ops.selective_scan(**given, reverse=reverse).y
-        ends = {(1 << bits) // E for bits in (31, 32)} | {window, sizes.huge // 3, sizes.huge}
-        for end in sorted(e for e in ends if e <= sizes.huge):
-            start = end - window
-            first = max(0, start - warm) if not reverse else start
-            last = min(sizes.huge, end + warm) if reverse else end
-            part = {n: (t[:, first:last] if t.dim() == 3 else t).double() for n, t in given.items()}
-            expected = naive.selective_scan(**part, reverse=reverse).y
-            yield {
-                "what": f"{sizes.huge:,} tokens, {'reverse' if reverse else 'forward'}, to {end:,}",
-                "relative error": relative_error(
-                    y[:, start:end], expected[:, start - first : end - first]
-                ),
-            }
+    """Windows of a scan whose offsets pass 2^32."""
+    short = {"warm": 100, "window": 20} if sizes.huge < 10_000 else {}
+    for check in selftest.check_offsets(device, sizes.huge, **short):
+        yield {"what": check.name, "relative error": check.error}
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING
 
 from gigavim.config import ModelSettings
 from gigavim.errors import ModelError
+from gigavim.frames import length_text
 from gigavim.model.card import ModelCard
 from gigavim.model.checkpoint import list_models, load_model
 
 if TYPE_CHECKING:
+    import torch
+
     from gigavim.model.heads import SegmentationModel
     from gigavim.slides.base import Slide
 
 log = logging.getLogger(__name__)
 
-DEFAULT_SLIDE_MODEL = "histo-nuclei-nano"
+DEFAULT_SLIDE_MODEL, LARGE_SLIDE_MODEL = "histo-nuclei-nano", "histo-nuclei"
+RASTER_MODEL = "aerial-landcover"
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Choice:
     """Why the model may be wrong for the slide; one sentence each."""
 
 
-def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
+def choose_model(slide: "Slide", settings: ModelSettings, device: "torch.device") -> Choice:
     """Load the model that the settings name, or the default for the kind of image; check the fit.
 
     A slide fits when its mpp is known and within the card's range. With `allow_mpp_mismatch` any
@@ -43,7 +48,7 @@ def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
         ModelError: no model fits, or it is not the slide's resolution or kind.
         MissingMppError: the slide does not state its mpp, and one is needed.
     """
-    name = settings.name if settings.name != "auto" else _default_for(slide)
+    name = settings.name if settings.name != "auto" else default_model(slide, device)
     model, card = load_model(name)
     if settings.weights:
         model = load_other_weights(card, Path(settings.weights))
@@ -71,11 +76,12 @@ def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> floa
     # A finer scan is brought to the model's resolution; a coarser one lacks the detail.
     if own > coarsest * 1.05 or not finest * 0.95 <= wanted <= coarsest * 1.05:
         seen, origin = (own, slide.mpp.source) if own > coarsest * 1.05 else (wanted, "model.mpp")
+        trained = f"{length_text(finest)} to {length_text(coarsest)}"
         raise ModelError(
-            f"{slide.path}: {card.name} was trained for {finest:g} to {coarsest:g} um per pixel,"
-            f" this would be {seen:.4g} (from {origin}). Choose another --model, correct the file's"
-            " resolution with --slide-mpp, leave out --mpp and --mag, or insist with"
-            " --allow-mpp-mismatch."
+            f"{slide.path}: {card.name} was trained for {trained} per pixel, this would be "
+            f"{length_text(seen)} (from {origin}). Choose another --model, correct the file's "
+            "resolution with --slide-mpp, leave out --mpp and --mag, or insist with "
+            "--allow-mpp-mismatch."
         )
     return wanted
 
@@ -99,17 +105,32 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
     """
     from gigavim.model.heads import SegmentationModel
     from gigavim.model.vim import Vim
-    from gigavim.model.weights import fill, read_safetensors
+    from gigavim.model.weights import fill, read_safetensors, tie_rates
 
+    if path.suffix in PICKLED:
+        raise ModelError(
+            f"{path}: --weights takes a safetensors file, of a whole segmentation model (encoders "
+            "of published .pth files: gigavim models import)"
+        )
     model = SegmentationModel(Vim(card.config), len(card.classes))
     fill(model, read_safetensors(path), source=path)
+    if card.tied_rates:
+        tie_rates(model)
     return model.eval()
 
 
-def _default_for(slide: "Slide") -> str:
-    if slide.georeference is not None:
-        raise ModelError(
-            f"{slide.path}: no shipped model is made for georeferenced rasters. Name one with"
-            f" --model ({', '.join(list_models())}) and add --allow-mpp-mismatch to try it."
-        )
-    return DEFAULT_SLIDE_MODEL
+def default_model(slide: "Slide", device: "torch.device") -> str:
+    """The shipped model for a kind of image; the large one where a GPU makes it quick.
+
+    Raises `ModelError` where none is shipped for it.
+    """
+    shipped = list_models()
+    if slide.georeference is None:
+        large = device.type == "cuda" and LARGE_SLIDE_MODEL in shipped
+        return LARGE_SLIDE_MODEL if large else DEFAULT_SLIDE_MODEL
+    if RASTER_MODEL in shipped:
+        return RASTER_MODEL
+    raise ModelError(
+        f"{slide.path}: no shipped model is made for georeferenced rasters. Name one with"
+        f" --model ({', '.join(shipped)}) and add --allow-mpp-mismatch to try it."
+    )

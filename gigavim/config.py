@@ -34,7 +34,7 @@ class InputSettings(_Section):
 class ModelSettings(_Section):
     """Which model, at which resolution."""
 
-    name: str = "auto"
+    name: str = Field("auto", min_length=1)
     weights: str = ""
     mpp: float = Field(0.0, ge=0, le=1e7, allow_inf_nan=False)
     allow_mpp_mismatch: bool = False
@@ -127,7 +127,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         SettingsError: the file is missing, cannot be read, or is not TOML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a mark
     except FileNotFoundError:
         raise SettingsError(f"{path}: there is no such settings file; check --config.") from None
     except (OSError, UnicodeDecodeError) as error:

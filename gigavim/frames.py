@@ -68,3 +68,8 @@ class ClassSpec:
     """A class whose regions contain this one's: nuclei lie in tissue."""
     object_type: str = "annotation"
     """How QuPath shows it: "annotation", "detection", or "none" for what is not exported."""
+
+
+def length_text(um: float) -> str:
+    """A length in the unit that a reader expects: "0.5 um" on a slide, "1.5 m" from the air."""
+    return f"{um:.4g} um" if um < 1e4 else f"{um / 1e6:.4g} m"

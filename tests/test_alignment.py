@@ -12,54 +12,20 @@ import pytest
 import rasterio
 import rasterio.warp
 import tifffile
-import torch
 from PIL import Image
 from rasterio.crs import CRS
 from rasterio.transform import Affine
 
 import gigavim
 from gigavim.config import Settings
-from gigavim.frames import ClassSpec
-from gigavim.model.card import ModelCard, TrainingRecord
-from gigavim.model.checkpoint import save_model
-from gigavim.model.config import VimConfig
-from gigavim.model.heads import SegmentationModel
-from gigavim.model.vim import Vim
 from gigavim.segmentation import Segmentation
 
-THRESHOLD = 0.6
 DARK, LIGHT = 60, 240
 
 
 @pytest.fixture(scope="module", params=[(4, 4), (4, 2)], ids=["adjacent", "overlapping"])
-def exact_model(request, tmp_path_factory) -> Path:
-    patch_px, stride_px = request.param
-    config = VimConfig(
-        d_model=patch_px**2, depth=1, patch_px=patch_px, stride_px=stride_px, class_token="none",
-        pooling="mean", position="none",
-    )  # fmt: skip
-    model = SegmentationModel(Vim(config), 2)
-    with torch.no_grad():
-        for layer in model.encoder.layers:
-            layer.mixer.out_proj.weight.zero_()
-        pixels = torch.eye(patch_px**2).view(-1, 1, patch_px, patch_px)
-        model.encoder.patch_embed.proj.weight.copy_(pixels.expand(-1, 3, -1, -1) / 3)
-        model.encoder.patch_embed.proj.bias.zero_()
-        model.head.linear.weight.copy_(torch.cat((torch.eye(patch_px**2), -torch.eye(patch_px**2))))
-        model.head.linear.bias.zero_()
-    card = ModelCard(
-        name="exact", description="Dark is tissue.", config=config, mpp=0.5, mpp_range=(0.01, 0.5),
-        mean=(THRESHOLD,) * 3, std=(1.0,) * 3,
-        classes=(
-            ClassSpec("background", (255, 255, 255), object_type="none"),
-            ClassSpec("tissue", (255, 0, 0)),
-        ),
-        order="hilbert", licence="none",
-        training=TrainingRecord(script="", data="", data_licence="", split=""),
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("model") / "exact"
-    save_model(folder, model, card)
-    return folder
+def exact_model(request, make_exact_model) -> Path:
+    return make_exact_model(*request.param)
 
 
 def segment(path: Path, model: Path, **sections) -> Segmentation:
@@ -90,40 +56,8 @@ def polygon_box(path: Path) -> tuple[float, float, float, float]:
     return (*ring.min(0), *ring.max(0))
 
 
-def write_scn(path: Path, pixels: np.ndarray, x: int, y: int, canvas_hw: tuple[int, int]) -> None:
-    """A Leica SCN, whose scanned area lies at (x, y) of a larger canvas: it has bounds."""
-    height, width = pixels.shape[:2]
-    nm = 500
-    space = "http://www.leica-microsystems.com/scn/2010/10/01"
-    scan = (
-        "<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings>"
-        "<illuminationSettings><numericalAperture>0.75</numericalAperture>"
-        "<illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings>"
-    )
-    head = '<creationDate>2026-01-01T00:00:00Z</creationDate><device model="x" version="1"/>'
-    canvas = f'sizeX="{canvas_hw[1] * nm}" sizeY="{canvas_hw[0] * nm}"'
-    xml = f"""<?xml version="1.0"?><scn xmlns="{space}" uuid="urn:uuid:0">
-<collection name="c" uuid="urn:uuid:1" {canvas} barcode="">
-<image name="macro" uuid="urn:uuid:2">{head}
-<pixels sizeX="64" sizeY="48"><dimension sizeX="64" sizeY="48" r="0" ifd="0"/></pixels>
-<view {canvas} offsetX="0" offsetY="0"/>{scan}</image>
-<image name="main" uuid="urn:uuid:3">{head}
-<pixels sizeX="{width}" sizeY="{height}">
-<dimension sizeX="{width}" sizeY="{height}" r="0" ifd="1"/></pixels>
-<view sizeX="{width * nm}" sizeY="{height * nm}" offsetX="{x * nm}" offsetY="{y * nm}"/>{scan}
-</image></collection></scn>"""
-    common = {"photometric": "rgb", "compression": "jpeg", "metadata": None}
-    with tifffile.TiffWriter(path, bigtiff=True) as writer:
-        macro = np.full((48, 64, 3), 200, np.uint8)
-        writer.write(macro, tile=(64, 64), description=xml, **common)
-        writer.write(
-            pixels, tile=(128, 128), compressionargs={"level": 98}, resolutionunit="CENTIMETER",
-            resolution=(1e7 / nm, 1e7 / nm), **common,
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize("in_bounds", [True, False])
-def test_a_slide_with_bounds(exact_model, tmp_path, in_bounds):
+def test_a_slide_with_bounds(exact_model, write_scn, tmp_path, in_bounds):
     path = tmp_path / "leica.scn"
     write_scn(path, rectangle(397, 601, (200, 100, 301, 151)), x=100, y=60, canvas_hw=(800, 1000))
     with gigavim.open_slide(path) as slide:
@@ -135,6 +69,28 @@ def test_a_slide_with_bounds(exact_model, tmp_path, in_bounds):
     shift = 0 if in_bounds else 1
     expected = (200 + 100 * shift, 100 + 60 * shift, 301 + 100 * shift, 151 + 60 * shift)
     assert polygon_box(result.outputs["geojson"]) == expected
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.25])
+def test_a_mirax_slide_of_photos_that_stray_from_their_grid(
+    exact_model, mrxs_writer, tmp_path, mpp
+):
+    path = tmp_path / "mirax.mrxs"
+    box = (270, 160, 430, 324)  # across all four photos
+    photos = {(2, 1): (232, 114), (3, 1): (350, 114), (2, 2): (232, 230), (3, 2): (350, 228)}
+    world = rectangle(600, 700, box)
+    mrxs_writer(path, world, photos, grid_wh=(6, 5), overlap_px=14, mpp=mpp)
+    with gigavim.open_slide(path) as slide:
+        assert (slide.bounds.x_level0, slide.bounds.y_level0) == (232, 114)
+        assert (slide.bounds.width_level0, slide.bounds.height_level0) == (246, 244)
+    result = segment(path, exact_model)
+    labels = tifffile.imread(result.outputs["ome-tiff"])
+    scale = round(0.5 / mpp)  # at 0.25 the model sees level 1
+    assert labels.shape == (244 // scale, 246 // scale)
+    moved = [box[0] - 232, box[1] - 114, box[2] - 232, box[3] - 114]
+    assert box_of(labels) == tuple(edge // scale for edge in moved)
+    assert polygon_box(result.outputs["geojson"]) == tuple(moved)
+    assert json.loads(result.outputs["summary"].read_text())["map"]["x_level0"] == 232
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.25, 0.3, 0.21])

@@ -38,6 +38,12 @@ def test_a_wrong_file_is_refused_by_key_and_name(tmp_path, text, words):
     assert all(word in str(error.value) for word in [*words, "mine.toml"])
 
 
+def test_the_mark_that_windows_editors_write_is_no_error(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf[compute]\nthreads = 3\n")
+    assert load_settings(path).compute.threads == 3
+
+
 def test_a_missing_file_is_refused_only_if_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_settings() == Settings()

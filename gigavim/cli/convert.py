@@ -55,4 +55,4 @@ def command(
     for stem in stems.values():
         if list(stems.values()).count(stem) > 1:
             raise click.UsageError(f"two stores are named {stem}: convert them with different -o.")
-    return run.run_all(stems, work, fail_fast=fail_fast)
+    return run.run_all(stems, work, fail_fast=fail_fast, kind="stores")

@@ -1,4 +1,4 @@
-"""`gigavim info`: what a slide is."""
+"""`gigavim info`: what a slide, or an embedding store, is."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,23 +24,30 @@ def command(
 ) -> int:
     """Say what a slide is: format, levels, resolution and its source, bounds, georeference.
 
+    Of an embedding store: its slide, tokens, grids, classes, and how it was made.
+
     \b
     Examples:
       gigavim info slide.svs
+      gigavim info out/slide.embeddings.zarr
       gigavim info --json *.tif | jq .mpp
     """
     from gigavim.slides import open_slide
+    from gigavim.store.layout import is_store
 
     failures = 0
     picked = None if channels is None else (channels[0], channels[1], channels[2])
     for path in inputs:
         try:
-            with open_slide(path, mpp=slide_mpp, channels=picked) as slide:
-                facts = describe(slide)
+            if is_store(path):
+                facts = describe_store(path)
+            else:
+                with open_slide(path, mpp=slide_mpp, channels=picked) as slide:
+                    facts = describe(slide)
         except GigavimError as error:
             if len(inputs) == 1:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {options.one_line(error)}", err=True)
             failures += 1
             continue
         if as_json:
@@ -48,7 +55,7 @@ def command(
 
             click.echo(orjson.dumps(facts).decode())
         else:
-            click.echo(_table(facts))
+            click.echo(_store_table(facts) if "tokens" in facts else _table(facts))
     if not failures:
         return 0
     return 1 if failures == len(inputs) else 3
@@ -85,6 +92,49 @@ def describe(slide: "Slide") -> dict[str, Any]:
         "transform": None if georeference is None else list(georeference.transform),
         "description": dict(slide.description),
     }
+
+
+def describe_store(path: Path) -> dict[str, Any]:
+    """The facts about an embedding store as plain data, ready for JSON."""
+    from gigavim.store.reader import EmbeddingStore
+
+    store = EmbeddingStore.open(path)
+    info = store.info
+    return {
+        "path": as_text(path),
+        "format": ".".join(map(str, info.version)),
+        "slide": info.slide.model_dump(mode="json"),
+        "tokens": info.tokens,
+        "width": info.width,
+        "dtype": str(store.embeddings.dtype),
+        "grid": info.grid.model_dump(mode="json"),
+        "map": info.frame.model_dump(mode="json"),
+        "pools": list(info.pools),
+        "slide_embedding": info.slide_embedding,
+        "probabilities": store.probabilities is not None,
+        "classes": [spec.name for spec in info.classes],
+        "provenance": info.provenance,
+    }
+
+
+def _store_table(facts: dict[str, Any]) -> str:
+    grid, provenance, area = facts["grid"], facts["provenance"], facts["map"]
+    model, pooling = provenance.get("model", {}), facts["slide_embedding"]
+    mpp = "unknown mpp" if area["mpp_xy"] is None else f"{area['mpp_xy'][0]:.4g} um per pixel"
+    rows = [
+        ("store", f"gigavim embeddings, format {facts['format']}"),
+        ("slide", facts["slide"]["path"]),
+        ("tokens", f"{facts['tokens']:,} x {facts['width']} {facts['dtype']}"),
+        ("grid", f"{grid['rows']:,} x {grid['cols']:,} cells of {grid['patch_px']} px"),
+        ("map", f"{area['width_px']:,} x {area['height_px']:,} px, {mpp}"),
+        ("pooled by", ", ".join(map(str, facts["pools"])) or "nothing"),
+        ("slide vector", {"mean": "mean of all tokens"}.get(pooling, "mean of the class tokens")),
+        ("classes", ", ".join(facts["classes"])),
+        ("model", f"{model.get('name')} (sha256 {str(model.get('sha256'))[:12]})"),
+        ("made", f"{provenance.get('made')} by gigavim {provenance.get('gigavim')}"),
+    ]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join([facts["path"], *(f"  {key:<{width}}  {value}" for key, value in rows)])
 
 
 def _table(facts: dict[str, Any]) -> str:

@@ -17,13 +17,16 @@ from gigavim.errors import GigavimError
 COMMANDS = {
     "batch": ("gigavim.cli.batch", "Run an archive of slides through a recipe, resumably."),
     "convert": ("gigavim.cli.convert", "Convert embedding stores to other tools' formats."),
+    "doctor": ("gigavim.cli.doctor", "Say what runs on this machine, and check that it is right."),
     "embed": ("gigavim.cli.embed", "Embed slides into stores that other tools are fed from."),
     "evaluate": ("gigavim.cli.evaluate", "Score a model on labelled pictures."),
-    "info": ("gigavim.cli.info", "Say what a slide is: format, levels, resolution, georeference."),
+    "info": ("gigavim.cli.info", "Say what a slide or an embedding store is."),
     "models": ("gigavim.cli.models", "List the models that can be used, or show one."),
+    "pretrain": ("gigavim.cli.pretrain", "Train an encoder on pictures without labels."),
     "segment": ("gigavim.cli.segment", "Segment slides and write maps that other tools open."),
     "status": ("gigavim.cli.status", "Say how a batch stands: done, running, failed and why."),
     "train": ("gigavim.cli.train", "Train a segmentation model by a recipe."),
+    "verify": ("gigavim.cli.verify", "Check embedding stores against their checksums."),
 }
 
 
@@ -109,7 +112,7 @@ def _run(arguments: list[str]) -> int:
     except GigavimError as error:
         if options.wants_tracebacks():
             raise
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {options.one_line(error)}", err=True)
         return 1
     except MemoryError as error:
         if options.wants_tracebacks():

@@ -35,6 +35,7 @@ def command() -> None:
 @options.verbosity
 def show(name: str | None, as_json: bool) -> None:
     """List the shipped models, or show the card of one (a name or a model folder)."""
+    from gigavim.frames import length_text
     from gigavim.model.checkpoint import list_models, load_card
 
     cards = list_models() if name is None else {name: load_card(name)}
@@ -47,7 +48,8 @@ def show(name: str | None, as_json: bool) -> None:
     for key, card in cards.items():
         if name is None:
             classes = ", ".join(spec.name for spec in card.classes)
-            click.echo(f"{key}\n  {card.description}\n  {card.mpp:g} um per pixel; {classes}")
+            size = length_text(card.mpp)
+            click.echo(f"{key}\n  {card.description}\n  {size} per pixel; {classes}")
         else:
             _show(card.model_dump(mode="json"), indent="")
 
@@ -75,8 +77,9 @@ def import_(weights: Path, output: Path | None, ema: bool) -> None:
     click.echo(
         f"{folder}: Vim of {config.depth} layers x {config.d_model}, "
         f"patches of {config.patch_px} px every {config.stride_px} px, "
-        f"positions for {config.grid_hw[0]} x {config.grid_hw[1]}, class token {config.class_token}\nlicence: {card.licence}"
+        f"positions for {config.grid_hw[0]} x {config.grid_hw[1]}, class token {config.class_token}"
     )
+    click.echo(f"licence: {card.licence}")
 
 
 def _show(values: object, indent: str) -> None:

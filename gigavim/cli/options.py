@@ -56,6 +56,11 @@ def is_quiet() -> bool:
 _logger = logging.getLogger("gigavim")
 
 
+def one_line(error: Exception) -> str:
+    """An error's message on one line: what a file name may hold besides text is written out."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(error))
+
+
 def inputs(**attrs: Any) -> Decorator:
     """INPUT...: slides, each a file or a folder that is one slide (DICOM, OME-Zarr).
 

@@ -204,7 +204,13 @@ def output_stems(inputs: tuple[Path, ...]) -> dict[Path, str]:
     return dict(zip(paths, names, strict=True))
 
 
-def run_all(stems: dict[Path, str], work: Callable[[Path, str], None], *, fail_fast: bool) -> int:
+def run_all(
+    stems: dict[Path, str],
+    work: Callable[[Path, str], None],
+    *,
+    fail_fast: bool,
+    kind: str = "slides",
+) -> int:
     """Do the work for each input, and return the exit code.
 
     One that fails does not stop the others: its error is shown, and it is named again at the end.
@@ -219,10 +225,10 @@ def run_all(stems: dict[Path, str], work: Callable[[Path, str], None], *, fail_f
         except GigavimError as error:
             if len(stems) == 1 or fail_fast:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {options.one_line(error)}", err=True)
             failed.append((path, error))
     if failed:
-        click.echo(f"\n{len(failed)} of {len(stems)} slides failed:", err=True)
+        click.echo(f"\n{len(failed)} of {len(stems)} {kind} failed:", err=True)
         for path, reason in failed:
             click.echo(f"  {path}: {type(reason).__name__}", err=True)
         return 3 if len(failed) < len(stems) else 1

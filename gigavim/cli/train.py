@@ -62,23 +62,19 @@ def command(
 
     found = load_recipe(recipe, steps=steps, max_minutes=max_minutes, seed=seed, workers=workers)
     if not options.is_quiet():
-        _talk()
+        talk()
     if pack is not None:
         from gigavim.training.pack import read_pictures, write_pack
 
         count = write_pack(pack, read_pictures(data, found), found)
         click.echo(f"{pack}: {count} pictures, {pack.stat().st_size / 1e6:.1f} MB", err=True)
         return
-    import torch
-
-    from gigavim.training.run import Run, load_data, pick_device
+    from gigavim.training.run import Run, fast_products, load_data, pick_device
 
     where = pick_device(device)
-    torch.set_float32_matmul_precision("medium" if where.type == "cpu" else "high")
-    if found.schedule.workers > 1:
-        torch.set_num_threads(1)  # one worker thread per core does better than shared products
     folder = output or Path("gigavim_train") / found.model.name
-    result = Run(found, load_data(data, found), folder, where).train()
+    with fast_products(where, workers=found.schedule.workers):
+        result = Run(found, load_data(data, found), folder, where).train()
     if result.metrics:
         from gigavim.training.score import monitored
 
@@ -86,7 +82,7 @@ def command(
         click.echo(f"{result.model}: {found.loss.monitor} {value:.4f} on held-out groups")
 
 
-def _talk() -> None:
+def talk() -> None:
     """Show what the training logs, with the time."""
     logger = logging.getLogger("gigavim.training")
     handler = logging.StreamHandler()

@@ -46,6 +46,9 @@ class ModelCard(_Strict):
     description: str
     config: VimConfig
     head: Literal["linear"] = "linear"
+    tied_rates: bool = False
+    """The decay rates of a channel's states are in the ratio 1 : 2 : ... : N, which loading
+    restores exactly."""
     mpp: Positive
     """Micrometres per pixel at which the model works."""
     mpp_range: tuple[Positive, Positive]

@@ -38,7 +38,7 @@ def load_model(name_or_path: str | Path) -> tuple["SegmentationModel", ModelCard
     """
     from gigavim.model.heads import SegmentationModel
     from gigavim.model.vim import Vim
-    from gigavim.model.weights import fill, read_safetensors
+    from gigavim.model.weights import fill, read_safetensors, tie_rates
 
     folder = _model_folder(name_or_path)
     card = read_card(folder / CARD_NAME)
@@ -47,6 +47,8 @@ def load_model(name_or_path: str | Path) -> tuple["SegmentationModel", ModelCard
     state = read_safetensors(weights)
     model = SegmentationModel(Vim(card.config), len(card.classes))
     fill(model, state, source=weights)
+    if card.tied_rates:
+        tie_rates(model)
     return model.eval(), card
 
 

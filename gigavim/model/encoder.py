@@ -2,13 +2,13 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from gigavim.errors import ModelError, OutputError
+from gigavim.errors import ModelError
 from gigavim.model.card import CARD_NAME, WEIGHTS_NAME, Fraction, Positive, _Strict
 from gigavim.model.config import VimConfig
 from gigavim.model.position import grid_position, split_table
@@ -28,8 +28,8 @@ class EncoderCard(_Strict):
     format: Literal["gigavim-encoder/1"] = "gigavim-encoder/1"
     name: str
     source: str
-    """File name it was imported from, and which of its weights."""
-    source_sha256: str
+    """File name it was imported from and which of its weights, or how it was trained."""
+    source_sha256: str = ""
     config: VimConfig
     mean: tuple[Fraction, ...] = IMAGENET_MEAN
     std: tuple[Positive, ...] = IMAGENET_STD
@@ -43,33 +43,46 @@ def import_encoder(source: Path, folder: Path, *, ema: bool = False) -> EncoderC
 
     Args:
         source: as for `gigavim.model.published.load_encoder_weights`.
-        folder: made if need be; the card comes last.
+        folder: made if need be; must hold no encoder yet.
         ema: take the averaged weights.
 
     Raises:
         ModelError: the file holds no Vim, or would run code.
-        OutputError: the folder exists already, or cannot be written.
+        OutputError: the folder holds an encoder already, or cannot be written.
+    """
+    encoder = load_encoder_weights(source, ema=ema)
+    try:
+        with source.open("rb") as file:
+            origin = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{source}: cannot be read again ({error.strerror})") from error
+    return write_encoder(
+        folder,
+        encoder,
+        overwrite=False,
+        name=source.stem,
+        source=f"{source.name} ({'model_ema' if ema else 'model'})",
+        source_sha256=origin,
+    )
+
+
+def write_encoder(
+    folder: Path, encoder: Vim, *, overwrite: bool = True, **facts: Any
+) -> EncoderCard:
+    """Write an encoder and its card, both or neither.
+
+    Args:
+        facts: fields of the card, but for the configuration and the weights' SHA-256.
     """
     from safetensors.torch import save
 
     from gigavim.outputs.atomic import OutputSet
 
-    encoder = load_encoder_weights(source, ema=ema)
-    state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    state = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
     blob = save(state, metadata={"format": "pt"})
-    try:
-        with source.open("rb") as file:
-            origin = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise OutputError(f"{source}: cannot be read again ({error.strerror})") from error
-    card = EncoderCard(
-        name=source.stem,
-        source=f"{source.name} ({'model_ema' if ema else 'model'})",
-        source_sha256=origin,
-        config=encoder.config,
-        sha256=hashlib.sha256(blob).hexdigest(),
-    )
-    with OutputSet() as outputs:
+    sha256 = hashlib.sha256(blob).hexdigest()
+    card = EncoderCard(config=encoder.config, sha256=sha256, **facts)
+    with OutputSet(overwrite=overwrite) as outputs:
         outputs.path(folder / WEIGHTS_NAME).write_bytes(blob)
         outputs.path(folder / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n")
     return card

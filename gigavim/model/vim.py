@@ -74,7 +74,10 @@ class Vim(nn.Module):
 
         Without a classification head: the pooled features (B, D).
         """
-        encoded = self.encode(self.tokens(images, order=order))
+        return self.classify(self.encode(self.tokens(images, order=order)))
+
+    def classify(self, encoded: Tensor) -> Tensor:
+        """Reduce final-normed tokens (B, L, D) to logits, or features where there is no head."""
         if self.head is None:
             return self.pool(encoded)
         if self.config.pooling == "max":  # as published: over the tokens' logits

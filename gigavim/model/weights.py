@@ -50,6 +50,18 @@ def fill(module: nn.Module, state: dict[str, Tensor], *, source: Path) -> None:
     module.load_state_dict(state)
 
 
+@torch.no_grad()
+def tie_rates(module: nn.Module) -> None:
+    """Bring the decay rates of a channel's states to the ratio 1 : 2 : ... : N exactly.
+
+    Kernels for CPUs look for this ratio; training and half precision round it.
+    """
+    for name, parameter in module.named_parameters():
+        if name.endswith(("A_log", "A_b_log")):
+            states = torch.arange(1.0, parameter.shape[1] + 1, device=parameter.device).log()
+            parameter.copy_((parameter - states).mean(1, keepdim=True) + states)
+
+
 def _some(names: list[str]) -> str:
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

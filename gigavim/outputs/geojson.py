@@ -174,6 +174,8 @@ def _ground_describer(frame: MapFrame, classes: Sequence[ClassSpec], *, seed: st
 
 def region_ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> list[str]:
     """UUIDs of regions: no two of a class begin at the same corner of a pixel."""
+    if not len(batch.labels):
+        return []
     _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(batch.polygons)
     corners = xy[ring_starts[polygon_starts[:-1]]].astype(np.int64).tolist()
     return [

@@ -170,7 +170,9 @@ def _write_tensor(store: "EmbeddingStore", path: Path, count: int, pool: int) ->
             if rows is not None:
                 rows[filled : filled + len(part)] = part
             filled += len(part)
-        torch.save(torch.empty(shape) if rows is None else torch.from_numpy(rows), path)
+        # By a handle: given a path, torch puts the file's temporary name into the file.
+        with path.open("wb") as file:
+            torch.save(torch.empty(shape) if rows is None else torch.from_numpy(rows), file)
 
 
 def _magnification(mpp: float) -> int | float:

@@ -6,27 +6,22 @@ rest is kept until the sweep has passed it and then united (`gigavim.outputs.sea
 """
 
 import math
-import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import shapely
-from rasterio.errors import NotGeoreferencedWarning
-from rasterio.features import shapes
 
 from gigavim.errors import OutputError
 from gigavim.frames import ClassSpec, MapFrame
 from gigavim.outputs.labels import LabelMap
-from gigavim.outputs.seams import Seams, TilePieces, canonical
+from gigavim.outputs.seams import Seams, TilePieces, normal
+from gigavim.outputs.trace import outlines
 
-TILE_PX = 2048
-_TRACING = threading.Lock()
+TILE_PX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,17 +197,12 @@ def _ahead(
 def _trace_tile(values: np.ndarray, *, x: int, y: int, map_hw: tuple[int, int]) -> TilePieces:
     """Polygons of a tile of (label + 1) values whose top-left pixel is (x, y)."""
     height, width = values.shape
-    found = _shapes(values) if values.any() else []
-    rings = [ring for geometry, _ in found for ring in geometry["coordinates"]]
-    ring_starts = np.cumsum([0, *map(len, rings)])
-    polygon_starts = np.cumsum([0, *(len(geometry["coordinates"]) for geometry, _ in found)])
-    flat = chain.from_iterable(chain.from_iterable(rings))
-    xy = np.fromiter(flat, np.float64, count=2 * ring_starts[-1]).reshape(-1, 2)
-    xy += (x, y)
+    found = outlines(values)
+    xy = np.add(found.xy, (x, y))
     polygons = shapely.from_ragged_array(
-        shapely.GeometryType.POLYGON, xy, (ring_starts, polygon_starts)
+        shapely.GeometryType.POLYGON, xy, (found.ring_starts, found.polygon_starts)
     )
-    labels = np.array([value for _, value in found], np.int64) - 1
+    labels = found.values - 1
     left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
     at_seam = (
         ((left == x) & (x > 0))
@@ -226,15 +216,7 @@ def _trace_tile(values: np.ndarray, *, x: int, y: int, map_hw: tuple[int, int]) 
         width=width,
         height=height,
         inner_labels=labels[~at_seam],
-        inner=canonical(polygons[~at_seam]),
+        inner=normal(polygons[~at_seam]),
         seam_labels=labels[at_seam],
         seam=polygons[at_seam],
     )
-
-
-def _shapes(values: np.ndarray) -> list[tuple[dict[str, Any], float]]:
-    # rasterio warns that an array is not georeferenced. Filters of warnings belong to the process,
-    # so one thread at a time; tracing holds the interpreter's lock anyway.
-    with _TRACING, warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return list(shapes(values, mask=values > 0, connectivity=4))

@@ -1,14 +1,16 @@
 """Regions cut by the seams between tiles, joined exactly.
 
 Two pieces belong together where they share an edge of a pixel along a seam. Pieces are gathered by
-a union-find over those edges, and united once the sweep has passed them. Holes inside a tile take
-no part in the union, where they would cost far more than their tracing, and are put back after it.
+a union-find over those edges, and united once the sweep has passed them (`outputs.stitch`). Holes
+inside a tile take no part in that.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import shapely
+
+from gigavim.outputs.stitch import stitch
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,28 +143,48 @@ class _Sides:
 
 
 def unite(pieces: list[shapely.Polygon], tile_px: int) -> shapely.Polygon:
-    """The union of polygons along pixel edges that are one 4-connected region."""
+    """The union of pieces of one 4-connected region, as they were traced."""
     if len(pieces) == 1:
         return pieces[0]
-    solid, holes = [], []
-    for piece in pieces:
-        rings = np.asarray(piece.interiors, object)
-        if len(rings):
-            bounds = shapely.bounds(rings)
-            cut = (bounds % tile_px == 0).any(1)
-            holes.append(rings[~cut])
-            piece = shapely.polygons(piece.exterior, rings[cut])
-        solid.append(piece)
-    whole = shapely.union_all(solid)
-    if not holes:
-        return whole
-    inner = np.concatenate([np.asarray(whole.interiors, object), *holes])
-    return shapely.polygons(whole.exterior, inner)
+    _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(pieces)
+    whole = xy.astype(np.int64)
+    # Rings that touch no seam are holes as they are.
+    on_seam = (whole % tile_px == 0).any(1)
+    cut = np.logical_or.reduceat(on_seam, ring_starts[:-1])
+    cut[polygon_starts[:-1]] = True
+    ring_of = np.repeat(np.arange(len(cut)), np.diff(ring_starts))
+    lengths = np.diff(ring_starts)
+    joined, joined_starts = stitch(whole[cut[ring_of]], _starts(lengths[cut]), tile_px)
+    rings = np.concatenate([joined, whole[~cut[ring_of]]])
+    starts = np.concatenate([joined_starts, joined_starts[-1] + _starts(lengths[~cut])[1:]])
+    # The exterior goes round everything, so its corner is the first of all.
+    first = np.lexsort((joined[:, 0], joined[:, 1]))[0]
+    exterior = int(np.searchsorted(joined_starts, first, side="right")) - 1
+    order = np.concatenate([[exterior], np.delete(np.arange(len(starts) - 1), exterior)])
+    ordered = _starts(np.diff(starts)[order])
+    gather = np.repeat(starts[order] - ordered[:-1], np.diff(ordered)) + np.arange(len(rings))
+    polygon = shapely.from_ragged_array(
+        shapely.GeometryType.POLYGON,
+        rings[gather].astype(np.float64),
+        (ordered, np.array([0, len(order)])),
+    )
+    made: shapely.Polygon = polygon[0]
+    return made
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """(n + 1,) where each of n parts begins, and where the last ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def canonical(polygons: np.ndarray) -> np.ndarray:
     """(n,) polygons in the form that depends on nothing but their shape (`polygons.Regions`)."""
-    return np.asarray(shapely.reverse(shapely.normalize(drop_collinear(polygons))))
+    return normal(drop_collinear(polygons))
+
+
+def normal(polygons: np.ndarray) -> np.ndarray:
+    """(n,) polygons, whose vertices are corners only, in that form."""
+    return np.asarray(shapely.reverse(shapely.normalize(polygons)))
 
 
 def drop_collinear(polygons: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ thumbnails, dask) is here and is therefore the same for every format.
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -242,9 +242,7 @@ class Slide(ABC):
         """Return a cheap SHA-256: size, head and tail of the file (of a folder, its listing)."""
         digest = hashlib.sha256()
         if self.path.is_dir():
-            for item in sorted(p for p in self.path.rglob("*") if p.is_file()):
-                entry = f"{item.relative_to(self.path).as_posix()}\0{item.stat().st_size}\n"
-                digest.update(entry.encode())
+            digest.update(_listing(self.path))
             return digest.hexdigest()
         size = self.path.stat().st_size
         digest.update(str(size).encode())
@@ -252,7 +250,13 @@ class Slide(ABC):
             digest.update(file.read(FINGERPRINT_BYTES))
             file.seek(max(size - FINGERPRINT_BYTES, 0))
             digest.update(file.read(FINGERPRINT_BYTES))
+        for extra in self._companions():
+            digest.update(_listing(extra) if extra.is_dir() else extra.read_bytes())
         return digest.hexdigest()
+
+    def _companions(self) -> Iterable[Path]:
+        """Folders and small files beside the slide's own file that are part of it."""
+        return ()
 
     def _clipped(
         self,
@@ -356,6 +360,13 @@ class Slide(ABC):
             return out, None
         weight = resample(bad.astype(np.uint8) * 255, across, down, width, height)
         return out, weight > 0
+
+
+def _listing(folder: Path) -> bytes:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "".join(
+        f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files
+    ).encode()
 
 
 def _read_chunk(

@@ -1,6 +1,7 @@
 """The reader of everything that OpenSlide knows: MRXS, NDPI, SCN, BIF, CZI, DICOM and the rest."""
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gigavim.frames import Bounds
 from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide, level_downsample
 from gigavim.slides.handles import ThreadHandles
 from gigavim.slides.mpp import choose_mpp, from_properties
+from gigavim.slides.source import MIRAX_INDEX, MIRAX_SUFFIX
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,12 @@ class OpenSlideSlide(Slide):
         self.description["pixels"] = "RGB, alpha composited on the background"
         if self.icc:
             self.description["icc"] = "present, not applied"
+
+    def _companions(self) -> Iterable[Path]:
+        folder = self.path.with_suffix("")
+        if self.path.suffix == MIRAX_SUFFIX and (folder / MIRAX_INDEX).is_file():
+            return folder, folder / MIRAX_INDEX
+        return ()
 
     def _open(self) -> openslide.OpenSlide:
         handle = openslide.OpenSlide(self._target)

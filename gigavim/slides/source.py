@@ -34,6 +34,9 @@ JPEG2000_MAGIC = (b"\0\0\0\x0cjP  \r\n", b"\xff\x4f\xff\x51")
 ZARR_FILES = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 GEO_SIDECARS = (".aux.xml", ".wld", ".jgw", ".pgw", ".bpw", ".jpw", ".tfw")
 
+MIRAX_SUFFIX = ".mrxs"
+MIRAX_INDEX = "Slidedat.ini"
+
 GEO_TAGS = frozenset((33550, 33922, 34264, 34735))
 VENDOR_SUFFIXES = frozenset((".ndpi", ".scn", ".bif"))
 NDPI_TAG = 65420
@@ -69,6 +72,8 @@ def look_at(path: Path) -> Source:
         return Source(path, _kind_of_directory(path))
     if not path.is_file():
         raise UnsupportedSlideError(f"{path}: is not an ordinary file")
+    if path.suffix.lower() == MIRAX_SUFFIX:
+        return Source(path, _kind_of_mirax(path))
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -83,6 +88,25 @@ def look_at(path: Path) -> Source:
             f"{path}: is a Git LFS pointer, not the image itself; fetch it with: git lfs pull"
         )
     return Source(path, _kind_of_file(path, head))
+
+
+def _kind_of_mirax(path: Path) -> Kind:
+    """The file itself is a JPEG of the label; the slide is the folder beside it.
+
+    Raises:
+        SlideError: if it is not there.
+    """
+    folder = path.with_suffix("")
+    if not _exists(folder / MIRAX_INDEX):
+        raise CorruptSlideError(
+            f"{path}: a MIRAX slide is this file and the folder {folder.name} beside it, with "
+            f"{MIRAX_INDEX} in it, which is missing; copy both"
+        )
+    if path.suffix != MIRAX_SUFFIX:
+        raise UnsupportedSlideError(
+            f"{path}: OpenSlide knows MIRAX slides by {MIRAX_SUFFIX} in small letters; rename it"
+        )
+    return "openslide"
 
 
 def _kind_of_file(path: Path, head: bytes) -> Kind:
@@ -155,6 +179,10 @@ def _kind_of_directory(path: Path) -> Kind:
         return "zarr"
     if any(_is_dicom(item) for item in sorted(path.iterdir())[:64]):
         return "dicom"
+    if _exists(path / MIRAX_INDEX):
+        raise UnsupportedSlideError(
+            f"{path}: is the data of a MIRAX slide; give {path.name}{MIRAX_SUFFIX} beside it"
+        )
     files = [item.name for item in path.iterdir() if item.is_file()]
     shown = f"; it holds {', '.join(sorted(files)[:3])}" if files else ""
     raise UnsupportedSlideError(

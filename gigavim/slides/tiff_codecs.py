@@ -83,7 +83,9 @@ def jpeg_decoder(page: Any) -> Callable[[Any], Samples] | None:
 
 
 def aperio_ycbcr(data: bytes) -> Samples:
-    """Return (h, w, 3) RGB of a JPEG 2000 tile of Y, Cb and Cr."""
+    """Return (h, w, 3) RGB of a JPEG 2000 codestream of Y, Cb and Cr."""
+    if not data.startswith(_SIZ):
+        raise ValueError("it is no JPEG 2000 codestream")  # a boxed one may name its colours
     decoded: Samples = imagecodecs.jpeg2k_decode(data)
     if decoded.ndim != 3 or decoded.shape[2] != 3 or decoded.dtype != np.uint8:
         raise ValueError(f"it holds {decoded.dtype} samples of the shape {decoded.shape}")
@@ -93,8 +95,8 @@ def aperio_ycbcr(data: bytes) -> Samples:
 
 def _is_subsampled(data: bytes) -> bool:
     """Whether a codestream's second component is coarser than its first."""
-    steps = data[42:48]  # per component: depth, steps across and down, after 42 bytes of sizes
-    return data[:4] == _SIZ and len(steps) == 6 and steps[1:3] != steps[4:6]
+    components = data[42:48]  # after the sizes; of each its depth, and its steps across and down
+    return components[1:3] != components[4:6]
 
 
 def _rgb_of_ycbcr(ycbcr: Samples) -> Samples:

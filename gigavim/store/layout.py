@@ -23,6 +23,7 @@ arrays; a change that an older reader would misread raises `MAJOR`, any other on
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import zarr
@@ -243,6 +244,14 @@ def create_plain(
 def codec() -> BloscCodec:
     """The compression of every array of a store: any zarr v3 reader has it."""
     return BloscCodec(cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle)
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is, or was meant to be, an embedding store."""
+    try:
+        return ATTRIBUTE in (path / "zarr.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def write_info(root: zarr.Group, info: StoreInfo) -> None:

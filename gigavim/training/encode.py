@@ -40,6 +40,7 @@ def encode(
     drop_path: float = 0.0,
     generator: Generator | None = None,
     recompute: bool = False,
+    tied: bool = False,
 ) -> Tensor:
     """Return what `encoder.encode` returns for sequences (B, L, D), with gradients.
 
@@ -49,6 +50,8 @@ def encode(
         generator: draws the layers that are skipped, on the device of the tokens.
         recompute: keep only the stream before each layer, and compute the rest once more in the
             backward pass.
+        tied: keep the decay rates of a channel's states in the ratio 1 : 2 : ... : N, which CPUs
+            scan much faster; on a CPU they are always kept so.
     """
     operators = training_operators(tokens.device, encoder.config.d_state, encoder.config.d_inner)
     if encoder.config.bidirectional == "layer_pairs":
@@ -57,9 +60,9 @@ def encode(
     layers = cast(list[Block], list(encoder.layers))[::every]
     for place, layer in enumerate(layers):
         if recompute and torch.is_grad_enabled():
-            branch = checkpoint(_branch, layer, stream, operators, use_reentrant=False)
+            branch = checkpoint(_branch, layer, stream, operators, tied, use_reentrant=False)
         else:
-            branch = _branch(layer, stream, operators)
+            branch = _branch(layer, stream, operators, tied)
         rate = drop_path * place / max(1, len(layers) - 1)
         if rate > 0 and torch.is_grad_enabled():
             draw = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
@@ -88,45 +91,48 @@ def training_operators(device: torch.device, states: int, channels: int) -> Oper
 
 
 def scan_error(operators: Operators, device: torch.device, states: int, channels: int) -> float:
-    """The largest relative error of outputs and gradients against plain torch, in float32."""
+    """The largest relative error of outputs and gradients against plain torch in float64."""
     from gigavim_kernels import chunked, naive
 
-    def inputs() -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        length = 300
-        rows = [torch.randn(2, length, channels, generator=generator) for _ in range(3)]
-        sides = [torch.randn(2, length, states, generator=generator) for _ in range(2)]
-        rates = -torch.rand(channels, states, generator=generator) - 0.05
-        weights = [torch.randn(channels, generator=generator) for _ in range(3)]
-        taps = torch.randn(channels, 4, generator=generator)
-        made = [rows[0], rows[1], rates, *sides, weights[0], rows[2], weights[1], taps, weights[2]]
-        return [t.to(device).requires_grad_() for t in made]
+    generator = torch.Generator().manual_seed(0)
 
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    length = 300
+    rows = [draw(2, length, channels) for _ in range(4)]
+    sides = [draw(2, length, states) for _ in range(2)]
+    rates = -torch.rand(channels, states, generator=generator) - 0.05
+    scan = [rows[0], rates, *sides, draw(channels), rows[1], draw(channels)]
+    inputs = [rows[2], draw(channels, 4), draw(channels), *scan]
+    weights = rows[3].to(device)
     worst = 0.0
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     for reverse in (False, True):
-        found, expected = inputs(), inputs()
-        y = operators.conv(found[0], *found[8:], reverse=reverse)
-        y = operators.scan(y, *found[1:8], reverse=reverse)
-        plain = naive.causal_conv(expected[0], *expected[8:], reverse=reverse)
-        plain = chunked.selective_scan(plain, *expected[1:8], reverse=reverse).y
-        torch.autograd.backward((y * y.detach().cos()).sum())
-        torch.autograd.backward((plain * plain.detach().cos()).sum())
+        found = [t.to(device, copy=True).requires_grad_() for t in inputs]
+        expected = [t.to(device, torch.float64).requires_grad_() for t in inputs]
+        y = operators.scan(operators.conv(*found[:3], reverse=reverse), *found[3:], reverse=reverse)
+        plain = chunked.selective_scan(
+            naive.causal_conv(*expected[:3], reverse=reverse), *expected[3:], reverse=reverse
+        ).y
+        torch.autograd.backward((y * weights).sum())
+        torch.autograd.backward((plain * weights).sum())
         pairs = [(y, plain), *((f.grad, e.grad) for f, e in zip(found, expected, strict=True))]
         for one, other in pairs:
             assert one is not None
             assert other is not None
             difference = (one.detach() - other.detach()).norm()
             worst = max(worst, float(difference / other.detach().norm().clamp(min=1e-6)))
-    torch.set_float32_matmul_precision(precision)
     return worst
 
 
 def tied_rate(A: Tensor) -> Tensor:
     """Fit rate (E,) such that A (E, N) is about n * rate; the states share its gradient."""
-    multiples = torch.arange(1, A.shape[1] + 1, dtype=A.dtype, device=A.device)
-    return -torch.exp(torch.log(-A / multiples).mean(1))
+    return -torch.exp(torch.log(-A / spread_rate(A.new_ones(1), A.shape[1])).mean(1))
+
+
+def spread_rate(rate: Tensor, states: int) -> Tensor:
+    """The rates (E, N) of states that share a rate (E,): n * rate."""
+    return rate[:, None] * torch.arange(1, states + 1, dtype=rate.dtype, device=rate.device)
 
 
 @torch.no_grad()
@@ -134,15 +140,6 @@ def silence_odd_layers(encoder: Vim) -> None:
     """Let every second layer add nothing at first, so that it can join a trained encoder later."""
     for layer in list(encoder.layers)[1::2]:
         cast(Block, layer).mixer.out_proj.weight.zero_()
-
-
-@torch.no_grad()
-def tie_rates(encoder: Vim) -> None:
-    """Undo the rounding drift of training with tied rates."""
-    for name, parameter in encoder.named_parameters():
-        if name.endswith(("A_log", "A_b_log")):
-            states = torch.arange(1, parameter.shape[1] + 1, dtype=torch.float32).log()
-            parameter.copy_((parameter - states).mean(1, keepdim=True) + states)
 
 
 def _numba_operators() -> Operators:
@@ -164,13 +161,12 @@ def _triton_operators() -> Operators:
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
         dt_bias: Tensor, *, reverse: bool,
     ) -> Tensor:  # fmt: skip
-        # B and C are read one number at a time by the scan: converting them once is cheaper.
-        return ops.selective_scan(x, dt, A, B.float(), C.float(), D, z, dt_bias, reverse=reverse).y
+        return ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse=reverse).y
 
     return Operators(conv_adjoint.causal_conv, scan)
 
 
-def _branch(block: Block, stream: Tensor, operators: Operators | None) -> Tensor:
+def _branch(block: Block, stream: Tensor, operators: Operators | None, tied: bool) -> Tensor:
     """Norm, in_proj, scans, out_proj: (B, L, D) to (B, L, D) in the stream's dtype."""
     if operators is None:
         return cast(Tensor, block(stream))
@@ -190,7 +186,7 @@ def _branch(block: Block, stream: Tensor, operators: Operators | None) -> Tensor
         y = operators.scan(
             u,
             F.linear(low, F.pad(direction.dt_weight, (0, more))),
-            direction.A,
+            spread_rate(tied_rate(direction.A), states) if tied else direction.A,
             B,
             C,
             direction.D,

@@ -104,7 +104,7 @@ def evaluate(
         "sha256": card.sha256,
         "pictures": len(pictures),
         "groups": sorted({p.group for p in pictures}),
-        "mean_dice": sum(scores[f"{name}_dice"] for name in names) / len(names),
+        "mean_dice": score.mean_dice(torch.stack(counts).sum(0)),
         "scores": scores,
         "boundary_f1": boundary,
         "boundary_tolerance_px": tolerance_px,

@@ -17,12 +17,22 @@ from gigavim.model.vim import grid_cells
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
 from gigavim.training.losses import segmentation_loss
+from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
-from gigavim.training.schedule import MEASURED_STEPS, Schedule, canvas_shape, planned_steps
+from gigavim.training.schedule import Pace, Schedule, canvas_shape
 
 log = logging.getLogger(__name__)
 
+PLAN_EVERY = 60
+"""Steps between two plans of a training that has minutes, not steps."""
 Names = tuple[str, ...]
+Forward = Callable[[Tensor, int, Generator | None], Tensor]
+"""Logits (B, classes, H, W) of normalised images (B, 3, H, W), of every n-th layer only; the
+generator draws what is left out at random."""
+Batch = tuple[Tensor, Tensor]
+"""Canvases (B, 3, H, W) float32, normalised, and labels (B, H, W) int64."""
+Objective = Callable[[Batch, int, Generator | None], Tensor]
+"""The loss of a batch, of every n-th layer only, with a generator for what is random in it."""
 
 
 @dataclass
@@ -50,6 +60,8 @@ class Worked:
     """What one worker found for one batch."""
 
     loss: float
+    blocks: int
+    """Of each canvas."""
     pixels: int
     tokens: int
     grads: tuple[Tensor, ...]
@@ -102,20 +114,12 @@ def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
     return progress
 
 
-def loss_of(
-    model: SegmentationModel,
-    batch: tuple[Tensor, Tensor],
-    recipe: Recipe,
-    *,
-    every: int = 1,
-    generator: Generator | None = None,
-) -> Tensor:
-    """The loss of a batch of canvases (B, 3, H, W) with labels (B, H, W) int64."""
-    images, labels = batch
+def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
+    """How a Vim of a recipe is seen in training."""
     config, schedule, order = model.encoder.config, recipe.schedule, recipe.model.scan_order
-    rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in labels.shape[1:])
-    half = images.device.type == "cuda"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+
+    def forward(images: Tensor, every: int, generator: Generator | None) -> Tensor:
+        rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in images.shape[2:])
         tokens = model.encoder.tokens(images, order=order)
         encoded = encode(
             model.encoder,
@@ -124,23 +128,42 @@ def loss_of(
             drop_path=schedule.drop_path,
             generator=generator,
             recompute=len(images) * rows * cols > schedule.recompute_tokens,
+            tied=recipe.model.tied_rates,
         )
         place = torch.argsort(grid_cells(rows, cols, order)).to(encoded.device)
-        patches = model.head(encoded.index_select(1, place))
-    logits = stitch(cast(Tensor, patches).float(), (rows, cols), config.stride_px)
-    weights = torch.tensor(recipe.loss.class_weights, device=images.device)
+        patches = cast(Tensor, model.head(encoded.index_select(1, place)))
+        return stitch(patches.float(), (rows, cols), config.stride_px)
+
+    return forward
+
+
+def segmentation(forward: Forward, recipe: Recipe) -> Objective:
+    """The objective of a recipe: its loss of the logits of canvases against their labels."""
     dice_classes = [recipe.class_names.index(name) for name in recipe.loss.dice_classes]
-    return segmentation_loss(logits, labels, weights, dice_classes)
+
+    def objective(batch: Batch, every: int, generator: Generator | None) -> Tensor:
+        images, labels = batch
+        with half_products(images.device):
+            logits = forward(images, every, generator)
+        weights = torch.tensor(recipe.loss.class_weights, device=images.device)
+        return segmentation_loss(logits.float(), labels, weights, dice_classes)
+
+    return objective
+
+
+def half_products(device: torch.device) -> torch.autocast:
+    """Let matrix products be bfloat16 on GPUs; the stream and the scan's sums stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def train(
-    model: SegmentationModel,
+    model: nn.Module,
     canvases: Canvases,
     progress: Progress,
+    objective: Objective,
     *,
     on_step: Callable[[Progress, float, int], bool] | None = None,
-    average_grads: Callable[[Sequence[nn.Parameter]], None] | None = None,
-    worker_offset: int = 0,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train a model in place until the planned steps are done or `on_step` says to stop.
 
@@ -148,20 +171,20 @@ def train(
 
     Args:
         on_step: called after each step with the loss and the tokens seen; True stops.
-        average_grads: shares gradients between processes.
-        worker_offset: tells this process's batches from those of others.
+        ranks: the processes that train together.
 
     Raises:
         ModelError: gradients or the loss are not finite; names the layer.
     """
     recipe, schedule = canvases.recipe, canvases.recipe.schedule
+    ranks = ranks or Ranks(canvases.atlas.device)
     names, parameters = zip(*model.named_parameters(), strict=True)
+    pace = Pace(schedule)
     if schedule.max_minutes is not None and progress.step == 0:
         progress.steps = 1_000_000_000  # until the speed is known
-    durations: list[float] = []
 
     def work(worker: int) -> Worked:
-        return _work(model, canvases, progress, parameters, worker + worker_offset)
+        return _work(objective, canvases, progress, parameters, worker + 64 * ranks.rank)
 
     with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
         while progress.step < progress.steps:
@@ -170,24 +193,28 @@ def train(
                 results = [work(0)]
             else:
                 results = list(pool.map(work, range(schedule.workers)))
-            loss = _apply(model, progress, recipe, names, parameters, results, average_grads)
+            loss = _apply(model, progress, recipe, names, parameters, results, ranks)
             progress.step += 1
-            durations.append(time.monotonic() - began)
-            progress.seconds += durations[-1]
-            if schedule.max_minutes is not None and progress.step == MEASURED_STEPS[1]:
-                recent = sorted(durations[-(MEASURED_STEPS[1] - MEASURED_STEPS[0]) :])
-                mean = sum(recent) / len(recent)
-                progress.steps = planned_steps(schedule, progress.step, progress.seconds, mean)
-                log.info("%.3f s a step: %d steps are planned", mean, progress.steps)
-            tokens = sum(r.tokens for r in results)
-            if on_step is not None and on_step(progress, loss, tokens):
+            duration = time.monotonic() - began
+            progress.seconds += duration
+            pace.note(results[0].blocks, duration)
+            if schedule.max_minutes is not None:
+                _plan(progress, pace, 60 * schedule.max_minutes, ranks)
+            if on_step is not None and on_step(progress, loss, sum(r.tokens for r in results)):
                 break
-            overdue = schedule.max_minutes is not None and (
-                progress.seconds > 60 * schedule.max_minutes
-            )
-            if overdue and progress.step < progress.steps:
-                log.warning("time is up at step %d of %d", progress.step, progress.steps)
-                break
+
+
+def _plan(progress: Progress, pace: Pace, seconds: float, ranks: Ranks) -> None:
+    """Set the number of steps so that the training ends with its time; again and again, as
+    canvases grow, but not in its last tenth, where the rate has to come down steadily."""
+    spent = ranks.agree(progress.seconds)
+    if spent > seconds:
+        progress.steps = progress.step
+    elif pace.is_known and progress.step % PLAN_EVERY == 0 and progress.step < 0.9 * progress.steps:
+        late = progress.step > progress.steps / 2
+        planned = pace.steps(progress.step, 0.97 * seconds - spent, late=late)
+        progress.steps = round(ranks.agree(planned))
+        log.info("%d steps are planned", progress.steps)
 
 
 def _prepare_thread() -> None:
@@ -195,7 +222,7 @@ def _prepare_thread() -> None:
 
 
 def _work(
-    model: SegmentationModel,
+    objective: Objective,
     canvases: Canvases,
     progress: Progress,
     parameters: Sequence[nn.Parameter],
@@ -209,20 +236,20 @@ def _work(
     blocks = schedule.canvas_blocks(progress.step, plan)
     shape = canvas_shape(blocks, plan)
     batch = canvases.draw(shape, max(1, recipe.schedule.batch_blocks // blocks), generator)
-    loss = loss_of(model, batch, recipe, every=schedule.every(progress.step), generator=generator)
+    loss = objective(batch, schedule.every(progress.step), generator)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     pixels = batch[1].numel()
-    return Worked(loss.item(), pixels, pixels // model.encoder.config.stride_px**2, grads)
+    return Worked(loss.item(), blocks, pixels, pixels // recipe.model.encoder.stride_px**2, grads)
 
 
 def _apply(
-    model: SegmentationModel,
+    model: nn.Module,
     progress: Progress,
     recipe: Recipe,
     names: Names,
     parameters: Sequence[nn.Parameter],
     results: Sequence[Worked],
-    average_grads: Callable[[Sequence[nn.Parameter]], None] | None,
+    ranks: Ranks,
 ) -> float:
     """Average the workers' gradients by pixels, clip them, step, follow; returns the mean loss."""
     total = sum(r.pixels for r in results)
@@ -234,8 +261,7 @@ def _apply(
                 (r.grads[place] * (r.pixels / total) for r in results),
                 start=torch.zeros_like(parameter),
             )
-    if average_grads is not None:
-        average_grads(parameters)
+    ranks.average_grads(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
         raise ModelError(_blame(progress.step, names, parameters))

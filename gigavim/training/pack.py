@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gigavim.errors import OutputError, SettingsError
+from gigavim.training import slides
 from gigavim.training.recipe import IGNORED, DataRecipe, Recipe
 
 log = logging.getLogger(__name__)
 
 FORMAT = "gigavim-pack/1"
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+"""Files without a resolution of their own; anything else is opened as a slide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,8 @@ class Picture:
     """Micrometres per pixel."""
 
 
-def read_pictures(root: Path, recipe: Recipe) -> Iterator[Picture]:
-    """Find the pictures of a recipe below a folder, with labels by its rules.
+def read_pictures(root: Path, recipe: Recipe, *, labelled: bool = True) -> Iterator[Picture]:
+    """Find the pictures of a recipe below a folder, with labels by its rules, or without any.
 
     Raises:
         SettingsError: there are none, one has no mask or no group, or sizes differ.
@@ -61,9 +64,8 @@ def read_pictures(root: Path, recipe: Recipe) -> Iterator[Picture]:
         if group is None:
             log.warning("%s is of no group of the recipe: left out", members[0])
             continue
-        mpp = data.mpp_of.get(match[1], data.mpp)
-        image, mask = _scene(members, data)
-        labels = label_map(image, mask, recipe)
+        image, labels, mpp = _scene(members, recipe, labelled=labelled)
+        mpp = data.mpp_of.get(match[1], mpp)
         name = members[0].relative_to(root).as_posix()
         yield shrink(Picture(image, labels, group, name, mpp), data.pack_mpp)
 
@@ -165,7 +167,10 @@ def write_pack(target: Path, pictures: Iterator[Picture], recipe: Recipe) -> int
 
 
 def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
-    """Read what `write_pack` wrote; raises `SettingsError` where it is not of this recipe."""
+    """Read what `write_pack` wrote, classes matched by name.
+
+    Raises `SettingsError` where it is no such file, or has a class that the recipe has not.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
@@ -173,10 +178,14 @@ def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
             labels = _parts(file["labels"], file["label_bytes"])
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"{path}: not a packed file ({error})") from error
-    if tuple(about["classes"]) != recipe.class_names:
-        raise SettingsError(f"{path}: packed for the classes {', '.join(about['classes'])}")
+    unknown = sorted(set(about["classes"]) - set(recipe.class_names))
+    if unknown:
+        raise SettingsError(f"{path}: has classes that the recipe has not: {', '.join(unknown)}")
+    values = np.full(256, IGNORED, np.uint8)
+    for value, name in enumerate(about["classes"]):
+        values[value] = recipe.class_names.index(name)
     return [
-        Picture(_decoded(image), _decoded(label), group, name, mpp)
+        Picture(_decoded(image), values[_decoded(label)], group, name, mpp)
         for (name, group, mpp), image, label in zip(about["pictures"], images, labels, strict=True)
     ]
 
@@ -215,30 +224,52 @@ def _natural(path: Path) -> tuple[str, int, str]:
     return path.parent.as_posix(), int(digits[1]) if digits else 0, path.name
 
 
-def _scene(paths: list[Path], data: DataRecipe) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    images = [np.asarray(_open(path).convert("RGB")) for path in paths]
-    masks = [_read_mask(path, data.masks) for path in paths]
-    for path, image, mask in zip(paths, images, masks, strict=True):
-        if image.shape[:2] != mask.shape[:2]:
-            raise SettingsError(f"{path}: its mask has {mask.shape[:2]} px, not {image.shape[:2]}")
-    if len(paths) == 1:
-        return images[0], masks[0]
-    cols = data.stitch_cols
+def _scene(
+    paths: list[Path], recipe: Recipe, *, labelled: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
+    """Pixels, labels and resolution of a picture, or of the parts of one stitched."""
+    read = [_read(path, recipe, labelled=labelled) for path in paths]
+    if len(read) == 1:
+        return read[0]
+    cols = recipe.data.stitch_cols
+    rows = [slice(start, start + cols) for start in range(0, len(read), cols)]
     try:
-        rows = [slice(start, start + cols) for start in range(0, len(paths), cols)]
-        whole = (np.vstack([np.hstack(kind[r]) for r in rows]) for kind in (images, masks))
-        image, mask = whole
+        image, labels = (
+            np.vstack([np.hstack([part[kind] for part in read[row]]) for row in rows])
+            for kind in (0, 1)
+        )
     except ValueError as error:
         raise SettingsError(f"{paths[0].parent}: the parts do not fit together: {error}") from None
-    return image, mask
+    return image, labels, read[0][2]
 
 
-def _read_mask(image: Path, pattern: str) -> NDArray[np.uint8]:
+def _read(
+    path: Path, recipe: Recipe, *, labelled: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
+    is_slide = path.suffix.lower() not in PICTURES
+    if is_slide:
+        image, mpp = slides.read_slide(path, recipe)
+    else:
+        image, mpp = np.asarray(_open(path).convert("RGB")), recipe.data.mpp
+    if not labelled:
+        return image, np.full(image.shape[:2], IGNORED, np.uint8), mpp
+    mask_path = _mask_of(path, recipe.data.masks)
+    if mask_path.suffix == ".geojson":
+        return image, slides.draw_annotations(mask_path, path, image.shape[:2], recipe), mpp
+    shown = _open(mask_path)
+    mask = np.asarray(shown.convert("L" if shown.mode in ("1", "L") else "RGB"))
+    if is_slide:
+        mask = slides.fit_labels(mask, image.shape[:2], mask_path)
+    if image.shape[:2] != mask.shape[:2]:
+        raise SettingsError(f"{path}: its mask has {mask.shape[:2]} px, not {image.shape[:2]}")
+    return image, label_map(image, mask, recipe), mpp
+
+
+def _mask_of(image: Path, pattern: str) -> Path:
     found = sorted(image.parent.glob(pattern.format(stem=image.stem)))
     if not found:
         raise SettingsError(f"{image}: no mask {pattern.format(stem=image.stem)} beside it")
-    mask = _open(found[0])
-    return np.asarray(mask.convert("L" if mask.mode in ("1", "L") else "RGB"))
+    return found[0]
 
 
 def _open(path: Path) -> Image.Image:

@@ -42,8 +42,13 @@ class ModelRecipe(_Section):
     mpp: Positive
     """Micrometres per pixel at which the model works."""
     mpp_range: Range
+    illumination: Literal["brightfield", "any"] = "any"
+    """How the pictures are lit, where that matters for use."""
     mean: tuple[Share, ...]
     std: tuple[Positive, ...]
+    tied_rates: bool = False
+    """Keep the decay rates of a channel's states in the ratio 1 : 2 : ... : 16: much faster on
+    CPUs, where training always does so."""
     encoder_weights: str = ""
     """Encoder weights to start from: an imported folder, safetensors or a published .pth."""
 
@@ -95,7 +100,10 @@ class DataRecipe(_Section):
     images: tuple[str, ...]
     """Glob patterns."""
     masks: str
-    """The mask of a picture, from its folder: "../masks/{stem}.*"."""
+    """The mask of a picture, from its folder: "../masks/{stem}.*". A .geojson is QuPath's: an area
+    is of the class that its classification names."""
+    region: str = "Region*"
+    """Classification of the areas that were annotated; outside of them nothing is labelled."""
     group_pattern: str
     """A regular expression on the path; what its first bracket finds is the picture's key."""
     groups: dict[str, tuple[str, ...]] = {}
@@ -128,7 +136,7 @@ class ScheduleRecipe(_Section):
 
     steps: Count = 4000
     max_minutes: Positive | None = None
-    """If given, `steps` is set after a short measurement so that the whole run takes this long."""
+    """If given, `steps` is set by the speed, so that the training takes this long."""
     batch_blocks: Count = 64
     """Blocks of tokens in a step, except where one canvas is larger."""
     largest_blocks: Count = 64
@@ -191,6 +199,7 @@ class Recipe(_Section):
     format: Literal["gigavim-recipe/1"]
     model: ModelRecipe
     classes: Annotated[tuple[ClassRecipe, ...], Field(min_length=2, max_length=200)]
+    """In order of label value. The first is also what maps show where nothing was looked at."""
     data: DataRecipe
     split: SplitRecipe
     schedule: ScheduleRecipe = ScheduleRecipe()

@@ -1,27 +1,29 @@
 """A whole training: data, loop, validation, logs, checkpoints, and the model folder at the end."""
 
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from gigavim.errors import SettingsError
+from gigavim.engine.devices import resolve_device
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.heads import SegmentationModel
 from gigavim.model.vim import Vim
+from gigavim.model.weights import tie_rates
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
-from gigavim.training.encode import silence_odd_layers, tie_rates
+from gigavim.training.encode import silence_odd_layers, training_operators
 from gigavim.training.pack import Picture, read_pack, read_pictures, split
+from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ class Run:
         self, recipe: Recipe, pictures: Sequence[Picture], folder: Path, device: torch.device
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
-        self.rank, self.ranks = _join_group(device)
+        self.ranks = ranks = Ranks(device)
         train, held_out = split(list(pictures), recipe)
         log.info("%d pictures for training, %d held out", len(train), len(held_out))
         self.canvases = Canvases(Atlas(train, device), recipe)
@@ -118,8 +120,9 @@ class Run:
             if recipe.schedule.half_depth:
                 silence_odd_layers(self.model.encoder)
             self.progress = loop.start(self.model, recipe)
-        self.logs = Logs(folder, self.progress.step) if self.rank == 0 else None
+        self.logs = Logs(folder, self.progress.step) if ranks.rank == 0 else None
         self.losses: list[float] = []
+        self.validated = -1
         self.tokens, self.since, self.saved = 0, time.monotonic(), time.monotonic()
 
     def train(self) -> Result:
@@ -128,20 +131,21 @@ class Run:
             self.model,
             self.canvases,
             self.progress,
+            loop.segmentation(loop.vim_forward(self.model, self.recipe), self.recipe),
             on_step=self._on_step,
-            average_grads=_averager(self.ranks),
-            worker_offset=64 * self.rank,
+            ranks=self.ranks,
         )
-        if self.rank:
+        self.ranks.leave()
+        if self.ranks.rank:
             return Result(self.folder / "model", {}, self.progress.step, self.progress.steps)
         loop.save(self.checkpoint, self.model, self.progress)
-        if not self.progress.best:
+        if self.validated != self.progress.step:  # time was up between two validations
             self._validate()
         return self._finish()
 
     def _on_step(self, progress: loop.Progress, loss: float, tokens: int) -> bool:
         self.losses.append(loss)
-        self.tokens += tokens * self.ranks
+        self.tokens += tokens * self.ranks.count
         ends = progress.step >= progress.steps
         if self.logs is not None and (progress.step % LOG_EVERY == 0 or ends):
             seconds = time.monotonic() - self.since
@@ -168,7 +172,7 @@ class Run:
             if stop:
                 log.info("no better score for %d validations: stopping", patience)
         due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        if self.rank == 0 and (due or stop or ends):
+        if self.ranks.rank == 0 and (due or stop or ends):
             loop.save(self.checkpoint, self.model, progress)
             self.saved = time.monotonic()
         return stop
@@ -184,6 +188,7 @@ class Run:
 
     def _validate(self) -> None:
         progress = self.progress
+        self.validated = progress.step
         self.shadow.load_state_dict(progress.average)
         scores = self._scores(half=self.device.type == "cuda")
         value = score.monitored(scores, self.recipe.loss.monitor)
@@ -210,16 +215,22 @@ class Run:
         """Write the best average at half precision, and measure what was written."""
         progress, folder = self.progress, self.folder / "model"
         self.shadow.load_state_dict(progress.best)
-        if self.device.type == "cpu":
-            tie_rates(self.shadow.encoder)
         state = {k: v.half().float() for k, v in self.shadow.state_dict().items()}
         self.shadow.load_state_dict(state)
+        if self._tied:
+            tie_rates(self.shadow)
         metrics = self._metrics()
         save_model(folder, self.shadow, self._card(metrics), half=True)
         load_model(folder)  # what was written can be read
         text = json.dumps(metrics, indent=2) + "\n"
         (self.folder / "metrics.json").write_text(text, encoding="utf-8")
         return Result(folder, metrics, progress.step, progress.steps)
+
+    @property
+    def _tied(self) -> bool:
+        config = self.recipe.model.encoder
+        on_cpu = training_operators(self.device, config.d_state, config.d_inner) is not None
+        return self.recipe.model.tied_rates or (self.device.type == "cpu" and on_cpu)
 
     def _metrics(self) -> dict[str, float]:
         monitor = self.recipe.loss.monitor
@@ -245,7 +256,7 @@ class Run:
         recipe, progress = self.recipe, self.progress
         held_out = ", ".join(recipe.split.validation_groups)
         record = TrainingRecord(
-            script=f"gigavim train {recipe.model.name} --steps {progress.steps}",
+            script=_command(recipe, progress),
             data=recipe.data.source,
             data_licence=recipe.data.licence,
             split=(
@@ -254,15 +265,17 @@ class Run:
             ),
             seeds=(recipe.schedule.seed,),
             hours=round(progress.seconds / 3600, 3),
-            hardware=_hardware(self.device, self.ranks),
+            hardware=_hardware(self.device, self.ranks.count),
         )
         change = metrics["bfloat16_changes"]
         return ModelCard(
             name=recipe.model.name,
             description=recipe.model.description,
             config=recipe.model.encoder,
+            tied_rates=self._tied,
             mpp=recipe.model.mpp,
             mpp_range=recipe.model.mpp_range,
+            illumination=recipe.model.illumination,
             mean=recipe.model.mean,
             std=recipe.model.std,
             classes=tuple(c.spec for c in recipe.classes),
@@ -277,47 +290,36 @@ class Run:
         )
 
 
+def _command(recipe: Recipe, progress: loop.Progress) -> str:
+    minutes = recipe.schedule.max_minutes
+    if minutes is None:
+        return f"gigavim train {recipe.model.name} --steps {progress.step}"
+    return f"gigavim train {recipe.model.name} --max-minutes {minutes:g} ({progress.step} steps)"
+
+
 def _hardware(device: torch.device, ranks: int) -> str:
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
     return f"{os.cpu_count()} CPU cores"
 
 
-def _join_group(device: torch.device) -> tuple[int, int]:
-    """Rank and number of processes, as torchrun sets them."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        return 0, 1
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _averager(ranks: int) -> Any:
-    if ranks == 1:
-        return None
-    import torch.distributed as dist
-
-    def average(parameters: Sequence[nn.Parameter]) -> None:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        flat /= ranks
-        for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-    return average
+@contextlib.contextmanager
+def fast_products(device: torch.device, *, workers: int) -> Iterator[None]:
+    """Let float32 products be rounded as training allows: bfloat16 on CPUs with AMX, else TF32."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
+    if workers > 1:
+        torch.set_num_threads(1)  # one worker thread per core does better than shared products
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; raises `SettingsError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"--device {name}: no CUDA device is to be seen here")
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, this process's own under torchrun."""
+    device = resolve_device(name)
+    if device.type == "cuda" and ":" not in name and "LOCAL_RANK" in os.environ:
+        return torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
     return device

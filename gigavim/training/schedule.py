@@ -8,8 +8,8 @@ from torch import Generator
 
 from gigavim.training.recipe import ScheduleRecipe
 
-MEASURED_STEPS = (20, 60)
-"""Steps over which the speed is taken where a training has a number of minutes, not of steps."""
+WARM_STEPS = 20
+"""Steps that say nothing of the speed: kernels are being compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,16 @@ class Schedule:
 
     def canvas_blocks(self, step: int, generator: Generator) -> int:
         """Blocks of the canvases of a batch: powers of two, longer ones as the training goes on."""
+        sizes, weights = self.sizes(late=step > self.steps / 2)
+        return sizes[int(torch.multinomial(torch.tensor(weights), 1, generator=generator))]
+
+    def sizes(self, *, late: bool) -> tuple[list[int], list[float]]:
+        """Blocks of a canvas and how often they are drawn, in the first or the second half."""
         largest = self.recipe.largest_blocks
-        longest = largest if step > self.steps / 2 else max(1, min(16, largest // 4 or largest))
+        longest = largest if late else max(1, min(16, largest // 4 or largest))
         sizes = [2**k for k in range(longest.bit_length())]
         # A canvas of b blocks costs max(b, batch): draw the costly ones less often.
-        weights = torch.tensor([min(1.0, (self.recipe.batch_blocks / 2) / size) for size in sizes])
-        return int(sizes[int(torch.multinomial(weights, 1, generator=generator))])
+        return sizes, [min(1.0, (self.recipe.batch_blocks / 2) / size) for size in sizes]
 
 
 def canvas_shape(blocks: int, generator: Generator) -> tuple[int, int]:
@@ -50,8 +54,46 @@ def canvas_shape(blocks: int, generator: Generator) -> tuple[int, int]:
     return rows, blocks // rows
 
 
-def planned_steps(recipe: ScheduleRecipe, step: int, seconds: float, step_seconds: float) -> int:
-    """The number of steps that fill `max_minutes`, `seconds` of which have gone by at `step`."""
-    assert recipe.max_minutes is not None
-    left = 60 * recipe.max_minutes * 0.95 - seconds
-    return max(step + 1, step + int(left / max(step_seconds, 1e-6)))
+class Pace:
+    """How long steps take by the size of their canvases, and so how many fill the time given."""
+
+    def __init__(self, recipe: ScheduleRecipe) -> None:
+        self.schedule = Schedule(recipe, 1)
+        self._seconds: dict[int, list[float]] = {}
+        self._steps = 0
+
+    def note(self, blocks: int, seconds: float) -> None:
+        """Note a step."""
+        self._steps += 1
+        if self._steps > WARM_STEPS:
+            self._seconds.setdefault(blocks, []).append(seconds)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether enough steps were seen to plan by."""
+        return self._steps >= 3 * WARM_STEPS
+
+    def step_seconds(self, *, late: bool) -> float:
+        """The mean of a step in the first or the second half."""
+        sizes, weights = self.schedule.sizes(late=late)
+        times = [self._of(size) for size in sizes]
+        return sum(t * w for t, w in zip(times, weights, strict=True)) / sum(weights)
+
+    def steps(self, step: int, left_seconds: float, *, late: bool) -> int:
+        """The number of steps in all that ends with the time that is left after `step`."""
+        first, second = self.step_seconds(late=False), self.step_seconds(late=True)
+        if not late:
+            total = (left_seconds + step * first) / ((first + second) / 2)
+            if total / 2 > step:
+                return int(total)
+        return max(step + 1, step + int(left_seconds / second))
+
+    def _of(self, blocks: int) -> float:
+        """Seconds of a step with canvases of a size; in proportion to tokens where not yet seen."""
+        if blocks in self._seconds:
+            seen = sorted(self._seconds[blocks])
+            kept = seen[: max(1, round(0.95 * len(seen)))]  # what else the machine did, left out
+            return sum(kept) / len(kept)
+        batch = self.schedule.recipe.batch_blocks
+        nearest = min(self._seconds, key=lambda size: abs(size - blocks))
+        return self._of(nearest) * max(blocks, batch) / max(nearest, batch)

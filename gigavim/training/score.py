@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,14 @@ class Shown:
     """(h, w) uint8."""
     group: str
     name: str
+
+
+class Labeller(Protocol):
+    """Anything that labels pictures."""
+
+    def labels(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) in [0, 1] to (n, h, w) uint8."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,7 @@ def show(picture: Picture, mpp: float, device: torch.device) -> Shown:
     return Shown(image[0].clamp(0, 1), values[winner], picture.group, picture.name)
 
 
-def predict_all(predictor: Predictor, shown: Sequence[Shown]) -> list[Tensor]:
+def predict_all(predictor: Labeller, shown: Sequence[Shown]) -> list[Tensor]:
     """Label every picture by itself, pictures of one size together."""
     found: dict[int, Tensor] = {}
     sizes: dict[tuple[int, ...], list[int]] = {}
@@ -148,6 +156,12 @@ def mean_iou(counts: Tensor) -> float:
     """The mean IoU of the classes that are there."""
     there = [i for i in range(len(counts)) if int(counts[i].sum())]
     return sum(iou(counts, i) for i in there) / max(1, len(there))
+
+
+def mean_dice(counts: Tensor) -> float:
+    """The mean Dice of the classes that are there."""
+    there = [i for i in range(len(counts)) if int(counts[i].sum())]
+    return sum(dice(counts, i) for i in there) / max(1, len(there))
 
 
 def summary(

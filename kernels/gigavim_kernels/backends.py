@@ -47,21 +47,26 @@ BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("numba", "torch"), "cuda": ("tri
 
 
 @functools.cache
-def _works(compiler: str) -> bool:
+def unusable(name: str) -> str | None:
+    """Why a backend cannot run here at all, or None: its compiler may have no wheel, say."""
+    if name == "torch":
+        return None
     try:
-        importlib.import_module(compiler)
-    except ImportError as error:  # no wheel for this platform, or one that refuses this numpy
-        logger.warning("%s is not usable (%s): the slower torch kernels run", compiler, error)
-        return False
-    return True
+        importlib.import_module(name)
+    except ImportError as error:
+        logger.warning("%s is not usable (%s): the slower torch kernels run", name, error)
+        return f"{name} cannot be imported ({error})"
+    return None
+
+
+def choices(device: torch.device | str) -> tuple[str, ...]:
+    """The backends of a device, the best first, usable or not."""
+    return BACKENDS.get(torch.device(device).type, ("torch",))
 
 
 def backend_name(device: torch.device | str) -> str:
     """Return the name of the backend that runs on a device: "numba", "triton" or "torch"."""
-    for name in BACKENDS.get(torch.device(device).type, ("torch",)):
-        if name == "torch" or _works(name):
-            return name
-    return "torch"
+    return next(name for name in choices(device) if unusable(name) is None)
 
 
 def prepare_block(
@@ -109,3 +114,8 @@ def _cpu_has_amx() -> bool:
     """Whether bfloat16 products beat float32 here: without AMX they are slower, up to 25 times."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private in torch
     return bool(supported and supported())
+
+
+def supported_precisions(device: torch.device | str) -> tuple[Precision, ...]:
+    """The precisions that are no slower than float32 on a device."""
+    return ("fp32", "bf16") if resolve_precision("auto", device) == "bf16" else ("fp32",)

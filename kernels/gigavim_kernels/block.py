@@ -53,3 +53,15 @@ class BlockKernel(Protocol):
             The states of the forward directions at the chunk's right edge.
         """
         ...
+
+    def apply(self, streams: Tensor) -> None:
+        """Apply the block in place to whole sequences (B, L, D), contiguous float32."""
+        ...
+
+
+def apply_each(kernel: BlockKernel, streams: Tensor) -> None:
+    """`BlockKernel.apply` by one `update` a sequence."""
+    halo = streams.new_zeros(kernel.halo, streams.shape[2])
+    forward, reverse = (kernel.zero_states(reverse=r) for r in (False, True))
+    for stream in streams:
+        kernel.update(stream, halo, halo, forward, reverse)

@@ -1,6 +1,6 @@
-"""The specification of the selective scan and the convolution: plain torch, one token a step.
+"""The specification of the scan, the convolution and the block: plain torch, one token a step.
 
-Every other backend is tested against these two functions. They follow the dtype of their inputs
+Every other backend is tested against these functions. They follow the dtype of their inputs
 (float64 gives a reference) and are differentiable. Sizes: B batch, L tokens, E channels, N states.
 """
 
@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gigavim_kernels.weights import BlockWeights
 
 
 class ScanResult(NamedTuple):
@@ -83,3 +85,23 @@ def causal_conv(
     padded = torch.cat((x, halo) if reverse else (halo, x), 1).transpose(1, 2)  # (B, E, L + K - 1)
     taps = weight.flip(1) if reverse else weight
     return F.silu(F.conv1d(padded, taps[:, None], bias, groups=x.shape[2]).transpose(1, 2))
+
+
+def vim_block(block: BlockWeights, stream: Tensor) -> Tensor:
+    """Return the stream (L, D) after a block, computed in float64."""
+    stream = stream.double()
+    result = block.stream_scale * stream
+    for branch in block.branches:
+        normed = F.rms_norm(stream, stream.shape[-1:], branch.norm_weight.double(), branch.norm_eps)
+        x, z = (normed @ branch.in_proj.double().T)[None].chunk(2, 2)  # (1, L, E)
+        total = torch.zeros_like(x)
+        for d in branch.directions:
+            c = causal_conv(x, d.conv_weight.double(), d.conv_bias.double(), reverse=d.reverse_conv)
+            projected = c @ d.x_proj.double().T
+            rank, states = d.dt_weight.shape[1], d.A.shape[1]
+            dt, B, C = torch.split(projected, [rank, states, states], 2)
+            dt = dt @ d.dt_weight.double().T
+            sides = (d.D.double(), z, d.dt_bias.double())
+            total += selective_scan(c, dt, d.A.double(), B, C, *sides, reverse=d.reverse).y
+        result = result + (branch.scale * total[0]) @ branch.out_proj.double().T
+    return result

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels import chunked, naive
-from gigavim_kernels.block import States
+from gigavim_kernels.block import States, apply_each
 from gigavim_kernels.weights import BlockWeights, Branch, Direction
 
 CHUNK_CPU, CHUNK_ACCELERATOR = 1024, 16_384
@@ -78,6 +78,10 @@ class TorchBlock:
         for rows in added:
             stream.add_(rows)
         return tuple(carried)
+
+    def apply(self, streams: Tensor) -> None:
+        """See `BlockKernel.apply`."""
+        apply_each(self, streams)
 
     def _scan(
         self, direction: Direction, x: Tensor, z: Tensor | None, state: Tensor

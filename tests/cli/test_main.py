@@ -52,6 +52,17 @@ def test_unknown_command_is_a_usage_error(run):
     assert "segmnt" in result.err
 
 
+@pytest.mark.parametrize("command", ["info", "segment"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_odd_file_name_does_not_break_the_one_line(run, tmp_path, command, count):
+    names = [f"{number}\n\x1b[31mred.svs" for number in range(count)]
+    result = run(command, *(tmp_path / name for name in names))
+    assert result.code == 1
+    errors = [line for line in result.err.splitlines() if line.startswith("Error:")]
+    assert [line.split(":")[1].endswith(r"\n\x1b[31mred.svs") for line in errors] == [True] * count
+    assert "\x1b" not in "".join(errors)
+
+
 def test_underscores_are_understood(run, make_slide, tiny_model):
     path = make_slide()
     assert run("segment", path, "--model", tiny_model, "--dry_run").code == 0

@@ -123,11 +123,13 @@ def test_fail_fast_stops_at_the_first(run, make_slide, tiny_model, tmp_path):
         (["--format", "geotiff"], 1, ["geotiff", "georeferenced"]),
         (["--tissue", "nowhere.geojson"], 1, ["nowhere.geojson"]),
         (["--weights", "nowhere.safetensors"], 1, ["nowhere.safetensors"]),
+        (["--weights", "published.pth"], 1, ["published.pth", "safetensors"]),
+        (["--model", ""], 1, ["model.name"]),
         (["--config", "nowhere.toml"], 1, ["nowhere.toml", "--config"]),
         (["--scratch-dir", "nowhere"], 1, ["nowhere", "--scratch-dir"]),
         (["--slide-mpp", "5"], 1, ["--allow-mpp-mismatch", "--slide-mpp"]),
         (["--slide-mpp", "1e-9"], 1, ["slide.tif", "--slide-mpp"]),
-        (["--mpp", "1e-9"], 1, ["1e-09 (from model.mpp)", "--mpp"]),
+        (["--mpp", "1e-9"], 1, ["1e-09 um (from model.mpp)", "--mpp"]),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
+from gigavim.model.checkpoint import load_model
 from gigavim.training.recipe import shipped_recipes
 
 SMALL = {
@@ -55,6 +57,10 @@ def test_pack_train_resume_and_segment(run, tmp_path, data, recipe):
     rows = [json.loads(line) for line in (tmp_path / "runs/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_miou" in row] == [2, 4]
     card = json.loads((tmp_path / "runs/model/card.json").read_text())
+    assert card["tied_rates"]
+    rates = load_model(tmp_path / "runs/model")[0].encoder.layers[1].mixer.A_log.double().exp()
+    ratio = torch.arange(1.0, 17).repeat(32, 1).double()
+    torch.testing.assert_close(rates / rates[:, :1], ratio, rtol=1e-6, atol=0)
     assert "held out g02" in card["training"]["split"]
     assert card["metrics"]["nuclei_dice_per_image"] >= 0
     with safe_open(tmp_path / "runs/model/weights.safetensors", "np") as weights:

@@ -12,10 +12,10 @@ from gigavim_kernels import backends
 @pytest.fixture
 def without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    backends._works.cache_clear()
+    backends.unusable.cache_clear()
     yield
     monkeypatch.undo()
-    backends._works.cache_clear()
+    backends.unusable.cache_clear()
 
 
 def test_cpu_runs_numba_where_it_is_installed():

@@ -1,4 +1,5 @@
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -67,6 +68,36 @@ def test_a_buffer_is_used_again_only_when_nobody_holds_it():
     assert address in {one.ctypes.data for one in held}
     assert len({one.ctypes.data for one in held}) == 2
     assert pool.empty(3, 5).nbytes < SMALL_BYTES
+
+
+def test_a_pool_keeps_so_much_and_no_more():
+    pool = BufferPool(max_bytes=10_000_000)
+    held = [pool.empty(1000, 1000) for _ in range(9)]
+    assert pool.free == []
+    del held
+    assert 0 < sum(memory.size for memory in pool.free) <= pool.max_bytes
+    # Full of memory of another size, it makes room for what is asked for now.
+    addresses = set()
+    for _ in range(6):
+        small = pool.empty(600, 600)
+        addresses.add(small.ctypes.data)
+        del small
+    assert len(addresses) < 6
+    assert sum(memory.size for memory in pool.free) <= pool.max_bytes
+    assert pool.empty(2000, 2000).shape == (2000, 2000, 3)
+
+
+def test_threads_never_get_the_same_memory():
+    pool = BufferPool()
+
+    def check(seed):
+        array = pool.empty(700, 500 + seed % 3)
+        array[:] = seed % 251
+        time.sleep(0.001)
+        return bool((array == seed % 251).all())
+
+    with ThreadPoolExecutor(8) as executor:
+        assert all(executor.map(check, range(300)))
 
 
 def test_handles_are_per_thread_and_reopened_after_a_drop():

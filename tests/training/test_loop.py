@@ -7,7 +7,7 @@ from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
 from gigavim.training.pack import read_pictures
 from gigavim.training.run import new_model
-from gigavim.training.schedule import Schedule, canvas_shape, planned_steps
+from gigavim.training.schedule import Pace, Schedule, canvas_shape
 
 CPU = torch.device("cpu")
 
@@ -23,6 +23,10 @@ def changed(canvases, **schedule):
     return Canvases(canvases.atlas, recipe.model_copy(update={"schedule": section}))
 
 
+def objective(model, recipe):
+    return loop.segmentation(loop.vim_forward(model, recipe), recipe)
+
+
 def trained(canvases, on_step=None, model=None, progress=None):
     model = model or new_model(canvases.recipe)
     progress = progress or loop.start(model, canvases.recipe)
@@ -32,7 +36,7 @@ def trained(canvases, on_step=None, model=None, progress=None):
         losses.append(loss)
         return on_step is not None and on_step(progress)
 
-    loop.train(model, canvases, progress, on_step=note)
+    loop.train(model, canvases, progress, objective(model, canvases.recipe), on_step=note)
     return model, progress, losses
 
 
@@ -51,7 +55,7 @@ def test_training_lowers_the_loss_and_repeats(canvases, workers):
     batch = canvases.draw((2, 2), 2, torch.Generator().manual_seed(99))
     with torch.no_grad():
         before, after = (
-            loop.loss_of(model, batch, canvases.recipe).item()
+            objective(model, canvases.recipe)(batch, 1, None).item()
             for model in (new_model(canvases.recipe), first)
         )
     assert after < before
@@ -98,7 +102,7 @@ def test_recomputing_changes_nothing(canvases):
         recipe = changed(canvases, recompute_tokens=tokens, drop_path=0.5).recipe
         model = new_model(recipe)
         generator = torch.Generator().manual_seed(1)
-        loop.loss_of(model, batch, recipe, generator=generator).backward()
+        objective(model, recipe)(batch, 1, generator).backward()
         grads.append([p.grad for p in model.parameters()])
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
@@ -138,7 +142,29 @@ def test_canvases_grow(recipe):
         assert max(rows, cols) <= 4 * min(rows, cols)
 
 
-def test_minutes_become_steps(recipe):
-    schedule = recipe.schedule.model_copy(update={"max_minutes": 10.0})
-    assert planned_steps(schedule, 60, 30.0, 0.1) == pytest.approx(60 + 540 / 0.1, abs=1)
-    assert planned_steps(schedule, 60, 9999.0, 0.1) == 61
+@pytest.mark.parametrize("growth", [1.0, 3.0])
+def test_a_plan_ends_with_its_time(recipe, growth):
+    """Steps of longer canvases may take longer than their tokens say."""
+    schedule = recipe.schedule.model_copy(update={"largest_blocks": 64, "batch_blocks": 16})
+
+    def seconds(blocks):
+        return 0.1 * max(blocks, 16) / 16 * (growth if blocks > 16 else 1)
+
+    pace, generator = Pace(schedule), torch.Generator().manual_seed(0)
+    step, spent, steps, budget = 0, 0.0, 10**9, 400.0
+    while step < steps and spent < budget:
+        blocks = Schedule(schedule, steps).canvas_blocks(step, generator)
+        step, spent = step + 1, spent + seconds(blocks)
+        pace.note(blocks, seconds(blocks))
+        if pace.is_known and step % 60 == 0 and step < 0.9 * steps:
+            steps = pace.steps(step, budget - spent, late=step > steps / 2)
+    assert spent == pytest.approx(budget, rel=0.05)
+    assert step >= 0.97 * steps
+
+
+def test_minutes_are_kept_and_the_end_is_reached(canvases):
+    canvases = changed(canvases, max_minutes=0.08)
+    _, progress, losses = trained(canvases)
+    assert progress.seconds < 0.08 * 60 + 2
+    assert progress.step == progress.steps == len(losses)
+    assert progress.optimizer.param_groups[0]["lr"] < canvases.recipe.schedule.peak_rate

@@ -31,6 +31,17 @@ def test_packing_keeps_labels_exactly_and_colours_closely(tmp_path, pictures_fol
         assert (found.group, found.name, found.mpp) == (expected.group, expected.name, 0.25)
 
 
+def test_packed_classes_are_matched_by_name(tmp_path, pictures_folder, recipe):
+    write_pack(tmp_path / "packed.npz", read_pictures(pictures_folder, recipe), recipe)
+    first, *others = recipe.classes
+    turned = recipe.model_copy(update={"classes": (*others, first)})
+    found = read_pack(tmp_path / "packed.npz", turned)[0]
+    assert set(np.unique(found.labels)) == {0, 1}  # tissue and nuclei now come first
+    fewer = recipe.model_copy(update={"classes": tuple(others)})
+    with pytest.raises(SettingsError, match="the recipe has not: background"):
+        read_pack(tmp_path / "packed.npz", fewer)
+
+
 def test_no_group_is_on_both_sides(pictures_folder, recipe):
     train, held_out = split(list(read_pictures(pictures_folder, recipe)), recipe)
     assert {p.group for p in train} == {"a", "c"}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gigavim_kernels.block import States
+from gigavim_kernels.block import States, apply_each
 from gigavim_kernels.cpu.conv import conv_rows
 from gigavim_kernels.cpu.layout import (
     STATE_MULTIPLE,
@@ -99,6 +99,10 @@ class CpuBlock:
                 chunks.append(chunk)
             self._add_outputs(stream, chunks)
         return tuple(carried)
+
+    def apply(self, streams: Tensor) -> None:
+        """See `BlockKernel.apply`."""
+        apply_each(self, streams)
 
     def _add_outputs(self, stream: Tensor, chunks: list["_Chunk"]) -> None:
         columns = stream.shape[1]

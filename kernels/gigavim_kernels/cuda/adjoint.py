@@ -8,7 +8,7 @@ from torch import Tensor
 from gigavim_kernels.cuda import adjoint_kernels
 from gigavim_kernels.cuda.launch import on_device_of, options
 from gigavim_kernels.cuda.plan import FORWARD, GRADIENT, multiprocessors, plan_scan
-from gigavim_kernels.cuda.scan import MARK, STAGES, combine
+from gigavim_kernels.cuda.scan import MARK, STAGES, UNROLL, combine
 
 STATES_KEPT = 32
 """Hidden states of a channel that a thread holds at once: U tokens of N."""
@@ -119,7 +119,7 @@ def _chunk_exits(
         adjoint_kernels.chunk_adjoints[(batch * chunks * -(-channels // width),)](
             grad_y, z, dt, bc, A, dt_bias, exits, sums, length, chunk, chunks,
             *((0, 0) if z is None else z.stride()[:2]), *dt.stride()[:2], int(reverse),
-            E=channels, N=states, BE=width, STAGES=STAGES,
+            E=channels, N=states, BE=width, STAGES=STAGES, UNROLL=UNROLL,
             **options(1, registers=FORWARD.registers),
         )  # fmt: skip
     combine(exits[None], sums[None], A[None], grad_last[None], d_first[None], None, [not reverse])

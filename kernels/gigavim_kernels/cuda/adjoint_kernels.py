@@ -82,6 +82,7 @@ def chunk_adjoints(
     N: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ) -> None:
     """dL/dh at the entry of one chunk if nothing came from behind its exit; its sum of steps."""
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
@@ -104,7 +105,7 @@ def chunk_adjoints(
         p_z += i_b * s_zb + last * s_zt
     total = tl.zeros([BE], tl.float32)
     adjoint = tl.zeros([N, BE], tl.float32)
-    for _ in tl.range(0, steps, num_stages=STAGES):
+    for _ in tl.range(0, steps, num_stages=STAGES, loop_unroll_factor=UNROLL):
         g = tl.load(p_dy + o_e).to(tl.float32)
         dt = tl.load(p_dt + o_e).to(tl.float32)
         _b, c = halves(tl.load(p_bc + tl.arange(0, 2 * N)), N)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gigavim_kernels.block import States
 from gigavim_kernels.cuda.conv import convolve
 from gigavim_kernels.cuda.norm import rms_norm
-from gigavim_kernels.cuda.scan import scan, scan_states
+from gigavim_kernels.cuda.scan import Scanned, scan, scan_states
 from gigavim_kernels.weights import BlockWeights, Branch, Direction
 
 CHUNK_ELEMENTS = 1 << 26
@@ -55,8 +55,8 @@ class CudaBlock:
             if d is None:
                 continue
             inner = branch.in_proj[: branch.out_proj.shape[1]]
-            x = F.linear(self._norm(branch, stream, left, right), inner)  # (halo + T + halo, E)
-            c, dt, bc = self._scan_inputs(d, x)
+            x = F.linear(self._norm(branch, stream, left, right), inner)
+            c, dt, bc = self._scan_inputs(d, x, self.halo)
             first = torch.stack([next(given) for _ in d.reverse])[:, None]  # (S, 1, E, N)
             last = scan_states(c, dt, d.A, bc, d.dt_bias, first, reverse=d.reverse)
             carried += last[:, 0].unbind()
@@ -71,48 +71,69 @@ class CudaBlock:
         carried: list[Tensor] = []
         outputs = []
         for branch in self._branches:
-            d, width = branch.directions, branch.out_proj.shape[1]
-            xz = F.linear(self._norm(branch, stream, left, right), branch.in_proj)
-            c, dt, bc = self._scan_inputs(d, xz[:, :width])
-            z = xz[None, self.halo : self.halo + len(stream), width:]  # (1, T, E)
-            first = torch.stack([next(given[r]) for r in d.reverse])[:, None]
-            scanned = scan(c, dt, d.A, bc, d.D, z, d.dt_bias, first, reverse=d.reverse)
-            carried += [s[0] for s, r in zip(scanned.last, d.reverse) if not r]
-            outputs.append((scanned.y[0], branch.out_proj))
-        if self._stream_scale != 1:
-            stream.mul_(self._stream_scale)
-        for y, weight in outputs:
-            if self._product == stream.dtype:
-                stream.addmm_(y, weight.T)
-            else:
-                stream.add_(y @ weight.T)
+            sense = branch.directions.reverse
+            first = torch.stack([next(given[r]) for r in sense])[:, None]  # (S, 1, E, N)
+            rows = self._norm(branch, stream, left, right)
+            scanned = self._scan(branch, rows, self.halo, first)
+            carried += [s[0] for s, r in zip(scanned.last, sense) if not r]
+            outputs.append(scanned.y[0])
+        self._add(stream, outputs)
         return tuple(carried)
 
+    @torch.no_grad()
+    def apply(self, streams: Tensor) -> None:
+        """See `BlockKernel.apply`."""
+        width = streams.shape[2]
+        outputs = []
+        for branch in self._branches:
+            rows = streams.new_empty(streams.shape, dtype=self._product)
+            rms_norm(
+                streams.view(-1, width),
+                branch.norm_weight,
+                branch.norm_eps,
+                out=rows.view(-1, width),
+            )
+            outputs.append(self._scan(branch, rows, 0, None).y.flatten(0, 1))
+        self._add(streams.view(-1, width), outputs)
+
     def _norm(self, branch: "_Branch", stream: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """The normed rows between their halos, (halo + T + halo, D), in the products' dtype."""
+        """The normed rows between their halos, (1, halo + T + halo, D), in the products' dtype."""
         halo, length = self.halo, len(stream)
         normed = stream.new_empty(length + 2 * halo, stream.shape[1], dtype=self._product)
         starts = (0, halo, halo + length)
         for start, rows in zip(starts, (left, stream, right)):
             out = normed[start : start + len(rows)]
             rms_norm(rows, branch.norm_weight, branch.norm_eps, out=out)
-        return normed
+        return normed[None]
 
-    def _scan_inputs(self, d: "_Directions", x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolve rows x (halo + T + halo, E); return c, dt (S, 1, T, E), B|C (S, 1, T, 2 N)."""
+    def _scan(self, branch: "_Branch", rows: Tensor, halo: int, first: Tensor | None) -> Scanned:
+        """All directions of a branch over normed rows (B, halo + T + halo, D)."""
+        d, width = branch.directions, branch.out_proj.shape[1]
+        xz = F.linear(rows, branch.in_proj)
+        c, dt, bc = self._scan_inputs(d, xz[:, :, :width], halo)
+        z = xz[:, halo : xz.shape[1] - halo, width:]  # (B, T, E)
+        return scan(c, dt, d.A, bc, d.D, z, d.dt_bias, first, reverse=d.reverse)
+
+    def _scan_inputs(self, d: "_Directions", x: Tensor, halo: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolve x (B, halo + T + halo, E): c, dt (S, B, T, E), B and C (S, B, T, 2 N)."""
         c = convolve(
-            x[None],
-            d.conv_weight,
-            d.conv_bias,
-            reverse=d.reverse_conv,
-            before=self.halo,
-            after=self.halo,
-        )[:, 0]  # (S, T, E)
-        projected = torch.bmm(c, d.x_proj.mT)  # (S, T, padded R + 2 N)
+            x, d.conv_weight, d.conv_bias, reverse=d.reverse_conv, before=halo, after=halo
+        )  # (S, B, T, E)
+        projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT)  # (S, B T, padded R + 2 N)
         rank = d.dt_weight.shape[2]
         dt = torch.bmm(projected[:, :, :rank], d.dt_weight.mT)
         bc = projected[:, :, rank:].float().contiguous()
-        return c[:, None], dt[:, None], bc[:, None]
+        return c, dt.view(c.shape), bc.view(*c.shape[:3], bc.shape[2])
+
+    def _add(self, stream: Tensor, outputs: list[Tensor]) -> None:
+        """Add what the branches give, each (T, E), to the stream (T, D), in place."""
+        if self._stream_scale != 1:
+            stream.mul_(self._stream_scale)
+        for y, branch in zip(outputs, self._branches):
+            if self._product == stream.dtype:
+                stream.addmm_(y, branch.out_proj.T)
+            else:
+                stream.add_(y @ branch.out_proj.T)
 
 
 @dataclass(frozen=True, slots=True)

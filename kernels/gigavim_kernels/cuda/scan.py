@@ -14,6 +14,8 @@ COMBINE_CHANNELS = 128
 COMBINE_UNROLL = 8
 STAGES = 4
 """Tokens on their way to shared memory while one is computed, and that one."""
+UNROLL = 2
+"""Tokens whose exponentials are evaluated side by side."""
 MARK = 32
 """Tokens between two states kept for the gradients: 384 bytes a token and direction for Vim-Ti."""
 
@@ -86,8 +88,8 @@ def scan(
                 length, plan.chunk, plan.chunks,
                 *x.stride()[1:3], *dt.stride()[1:3], *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
-                E=channels, N=states, BE=plan.block_e, STAGES=STAGES, MARK=MARK, ADD=i > 0,
-                **options(1, registers=FORWARD.registers),
+                E=channels, N=states, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL,
+                MARK=MARK, ADD=i > 0, **options(1, registers=FORWARD.registers),
             )  # fmt: skip
     return Scanned(y, last, decay, marks)
 
@@ -133,7 +135,7 @@ def enter_chunks(
             x, dt, bc, A, dt_bias, ends, sums,
             length, batch, plan.chunk, plan.chunks, *x.stride()[:3], *dt.stride()[:3],
             reverse_bits(reverse),
-            E=channels, N=states, BE=plan.block_e, STAGES=STAGES,
+            E=channels, N=states, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL,
             **options(1, registers=FORWARD.registers),
         )  # fmt: skip
     combine(ends, sums, A, first, last, decay, reverse)

@@ -56,6 +56,7 @@ def chunk_ends(
     N: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ) -> None:
     """End state and sum of steps of one chunk, entered with a state of zero."""
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
@@ -78,7 +79,7 @@ def chunk_ends(
     p_bc += ((i_s * batch + i_b) * length + first) * 2 * N
     total = tl.zeros([BE], tl.float32)
     h = tl.zeros([N, BE], tl.float32)
-    for _ in tl.range(0, steps, num_stages=STAGES):
+    for _ in tl.range(0, steps, num_stages=STAGES, loop_unroll_factor=UNROLL):
         x = tl.load(p_x + o_e).to(tl.float32)
         dt = tl.load(p_dt + o_e).to(tl.float32)
         b, _c = halves(tl.load(p_bc + tl.arange(0, 2 * N)), N)
@@ -173,6 +174,7 @@ def chunk_outputs(
     N: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     MARK: tl.constexpr,
     ADD: tl.constexpr,
 ) -> None:
@@ -207,7 +209,7 @@ def chunk_outputs(
         h = load_states(p_first + o_state, o_lane * N, 1, N, BE)
     else:
         h = tl.zeros([N, BE], tl.float32)
-    for i in tl.range(0, steps, num_stages=STAGES):
+    for i in tl.range(0, steps, num_stages=STAGES, loop_unroll_factor=UNROLL):
         x = tl.load(p_x + o_e).to(tl.float32)
         dt = tl.load(p_dt + o_e).to(tl.float32)
         b, c = halves(tl.load(p_bc + tl.arange(0, 2 * N)), N)

@@ -79,6 +79,24 @@ def test_block_cut_in_chunks_meets_the_specification(
     assert relative_error(found.cpu() - stream, added) < tolerance
 
 
+@pytest.mark.parametrize("kind", ["v2", "v1", "none", "layer_pairs"])
+@pytest.mark.parametrize(
+    ("batch", "length", "d_model"),
+    [(3, 7, 8), (1, 1, 8), pytest.param(5, 197, 192, marks=gpu)],
+)
+def test_a_batch_is_so_many_sequences(
+    random_block, specified_block, relative_error, device, kind, batch, length, d_model
+):
+    from gigavim_kernels.cuda.block import CudaBlock
+
+    block = random_block(kind, d_model=d_model, states=8)
+    streams = torch.randn(batch, length, d_model)
+    found = streams.clone().to(device)
+    CudaBlock(block, device=device, precision="fp32").apply(found)
+    for got, before in zip(found.cpu(), streams):
+        assert relative_error(got - before, specified_block(block, before) - before) < 1e-5
+
+
 def test_gpus_run_the_triton_kernels():
     assert backends.backend_name("cuda") == "triton"
 

@@ -1,0 +1,166 @@
+"""Whole encoders over batches of images: `python -m benchmarks.encoder [--json F] [--plot F]`.
+
+Vim-Ti through our kernels beside DeiT-Ti of timm with fused attention (what torch chooses:
+FlashAttention on recent GPUs) and with plain attention, bfloat16, images a second and peak memory
+above weights and input, at the sizes of the paper's first figure; then Vim-Ti over one long
+sequence. Medians between device events. On a CPU, `--quick` runs all of it at toy sizes: a test of
+this script.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.kernels import machine, median_seconds, table
+from gigavim.engine.images import ImageEncoder
+from gigavim.model.registry import REGISTRY
+from gigavim.model.vim import Vim
+
+PATCH_PX = 16
+SIZES = ((224, 128), (512, 64), (1248, 32), (2048, 8), (4096, 2))
+"""Side of an image in pixels, images in a batch."""
+LENGTHS = (65_536, 1_048_576)
+QUICK_SIZES, QUICK_LENGTHS = ((32, 2),), (40,)
+MOST_PLAIN_PX = 2048
+"""Plain attention holds a matrix of tokens by tokens per head: no GPU has the memory for more."""
+
+Run = Callable[[Tensor], object]
+
+
+def vim(device: torch.device) -> Run:
+    """Vim-Ti's tokens and blocks: what the peers' `forward_features` does."""
+    model = Vim(REGISTRY["vim-tiny"]).eval().to(device)
+    encoder = ImageEncoder(model, device=device, precision="bf16")
+
+    def run(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            tokens = model.tokens(images)
+        return encoder.encode(tokens)
+
+    return run
+
+
+def deit(device: torch.device, side_px: int, *, fused: bool) -> Run | None:
+    """DeiT-Ti at a size, or None where timm is not installed."""
+    try:
+        import timm
+    except ImportError:
+        return None
+    model: nn.Module = timm.create_model(
+        "deit_tiny_patch16_224", img_size=side_px, num_classes=0, pretrained=False
+    )
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    model = model.eval().to(device, torch.bfloat16)
+
+    def run(images: Tensor) -> object:
+        return model(images.to(torch.bfloat16))
+
+    return run
+
+
+def measured(run: Run, images: Tensor) -> dict[str, float]:
+    """Images a second and gigabytes at the peak, above what was there before."""
+    device = images.device
+    with torch.inference_mode():
+        run(images)
+        before = 0
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        seconds = median_seconds(lambda: run(images))
+        peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
+    return {"images/s": len(images) / seconds, "peak GB": peak / 1e9}
+
+
+def compare(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row per size and encoder."""
+    for side_px, batch in sizes:
+        images = torch.randn(batch, 3, side_px, side_px, device=device)
+        peers: dict[str, Run | None] = {
+            "Vim-Ti": vim(device),
+            "DeiT-Ti fused": deit(device, side_px, fused=True),
+            "DeiT-Ti plain": deit(device, side_px, fused=False),
+        }
+        ours = 0.0
+        for name, run in peers.items():
+            row: dict[str, Any] = {"image": f"{side_px} px x {batch}", "encoder": name}
+            if run is None:
+                yield {**row, "note": "timm is not installed"}
+                continue
+            if name == "DeiT-Ti plain" and side_px > MOST_PLAIN_PX:
+                yield {**row, "note": "left out: more memory than there is"}
+                continue
+            row |= measured(run, images)
+            ours = ours or row["images/s"]
+            yield row | {"Vim / this": ours / row["images/s"]}
+
+
+def long_sequences(lengths: tuple[int, ...], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Vim-Ti over one sequence."""
+    model = Vim(REGISTRY["vim-tiny"]).eval()
+    encoder = ImageEncoder(model, device=device, precision="bf16")
+    for length in lengths:
+        tokens = torch.randn(1, length, model.config.d_model, device=device)
+        found = measured(encoder.encode, tokens)
+        per_token = 1e9 / found["images/s"] / length
+        yield {
+            "tokens": length,
+            "ns per token and block": per_token / model.config.depth,
+            "bytes per token at the peak": found["peak GB"] * 1e9 / length,
+        }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The paper's first figure: images a second and memory against the size."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, key in zip(axes, ("images/s", "peak GB")):
+        for name in dict.fromkeys(row["encoder"] for row in rows):
+            points = [
+                (int(row["image"].split()[0]), row[key])
+                for row in rows
+                if row["encoder"] == name and key in row
+            ]
+            if points:
+                axis.plot(*zip(*points), marker="o", label=name)
+        axis.set(xlabel="side of an image, px", ylabel=key, xscale="log", yscale="log")
+        axis.grid(visible=True, alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--plot", type=Path, help="draw the comparison (needs matplotlib)")
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    results: dict[str, Any] = {"machine": machine(device)}
+    print(json.dumps(results["machine"], indent=1))
+    sizes, lengths = (QUICK_SIZES, QUICK_LENGTHS) if options.quick else (SIZES, LENGTHS)
+    for title, rows in (
+        ("Encoders over images, bfloat16", compare(sizes, device)),
+        ("Vim-Ti over one sequence, bfloat16", long_sequences(lengths, device)),
+    ):
+        results[title] = list(rows)
+        table(title, results[title])
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.plot is not None:
+        plot(results["Encoders over images, bfloat16"], options.plot)
+
+
+if __name__ == "__main__":
+    main()

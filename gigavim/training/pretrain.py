@@ -1,0 +1,148 @@
+"""Masked image modelling: an encoder learns from pictures without labels what patches are hidden.
+
+As SimMIM (arXiv 2111.09886): squares of patches are hidden at random, a learned token marks them,
+and one linear map from the encoder's tokens predicts their normalised pixels; the loss is L1 on
+the hidden patches.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from gigavim.model.encoder import EncoderCard, write_encoder
+from gigavim.model.vim import Vim, grid_cells
+from gigavim.training import loop
+from gigavim.training.atlas import Atlas
+from gigavim.training.canvas import Canvases
+from gigavim.training.encode import encode
+from gigavim.training.pack import Picture, split
+from gigavim.training.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+HIDDEN_SHARE = 0.6
+SQUARE_TOKENS = 4
+"""Side of the squares that are hidden or shown as one."""
+VALIDATION_BATCHES = 8
+
+
+class MaskedImages(nn.Module):
+    """An encoder with what masked image modelling adds to it."""
+
+    def __init__(self, encoder: Vim) -> None:
+        super().__init__()
+        config = encoder.config
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.zeros(config.d_model))
+        self.decoder = nn.Linear(config.d_model, config.in_channels * config.patch_px**2)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def loss(self, images: Tensor, recipe: Recipe, generator: Generator | None) -> Tensor:
+        """The mean L1 error on hidden patches of normalised images (B, 3, H, W)."""
+        config, order = self.encoder.config, recipe.model.scan_order
+        patch, batch = config.patch_px, len(images)
+        rows, cols = (side // patch for side in images.shape[2:])
+        hidden = _hidden(batch, rows, cols, images.device, generator)  # (B, rows, cols)
+        shown = (
+            images * (1 - hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2))[:, None]
+        )
+        cells = grid_cells(rows, cols, order).to(images.device)
+        marks = hidden.flatten(1)[:, cells, None]  # (B, L, 1), in scan order
+        with loop.half_products(images.device):
+            tokens = self.encoder.tokens(shown, order=order) + marks * self.mask_token
+            encoded = encode(
+                self.encoder,
+                tokens,
+                drop_path=recipe.schedule.drop_path,
+                generator=generator,
+                recompute=batch * rows * cols > recipe.schedule.recompute_tokens,
+                tied=recipe.model.tied_rates,
+            )
+            predicted = self.decoder(encoded)  # (B, L, 3 * P * P)
+        truth = F.unfold(images, patch, stride=patch).transpose(1, 2)[:, cells]
+        errors = (predicted.float() - truth).abs().mean(-1, keepdim=True)
+        loss: Tensor = (errors * marks).sum() / marks.sum().clamp(min=1)
+        return loss
+
+
+def pretrain(
+    recipe: Recipe, pictures: Sequence[Picture], folder: Path, device: torch.device
+) -> tuple[EncoderCard, list[float]]:
+    """Train the encoder of a recipe on its training groups, and write it as an encoder's folder.
+
+    A checkpoint in the folder is continued. The recipe's patches must not overlap.
+
+    Returns:
+        The card of `folder`/encoder, and the errors on held-out groups, first to last.
+    """
+    train, held_out = split(list(pictures), recipe)
+    canvases = Canvases(Atlas(train, device), recipe)
+    unseen = Canvases(Atlas(held_out, device), recipe)
+    torch.manual_seed(recipe.schedule.seed)
+    model = MaskedImages(Vim(recipe.model.encoder)).to(device)
+    averaged = MaskedImages(Vim(recipe.model.encoder)).to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.pt"
+    progress = loop.start(model, recipe)
+    if checkpoint.exists():
+        progress = loop.resume(checkpoint, model, recipe)
+    errors: list[float] = []
+    since = time.monotonic()
+
+    def objective(batch: loop.Batch, every: int, generator: Generator | None) -> Tensor:
+        return model.loss(batch[0], recipe, generator)
+
+    def on_step(progress: loop.Progress, loss: float, tokens: int) -> bool:
+        nonlocal since
+        if progress.step % recipe.schedule.validate_every == 0 or progress.step >= progress.steps:
+            averaged.load_state_dict(progress.average)
+            errors.append(_error(averaged, unseen))
+            seconds = time.monotonic() - since
+            since = time.monotonic()
+            values = {"loss": loss, "val_error": errors[-1], "seconds": seconds}
+            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": progress.step} | values) + "\n")
+            log.info("step %d loss %.4f, held out %.4f", progress.step, loss, errors[-1])
+            loop.save(checkpoint, model, progress)
+        return False
+
+    loop.train(model, canvases, progress, objective, on_step=on_step)
+    loop.save(checkpoint, model, progress)
+    averaged.load_state_dict(progress.average)
+    card = write_encoder(
+        folder / "encoder",
+        averaged.encoder,
+        name=f"{recipe.model.name}-pretrained",
+        source=f"masked image modelling, {progress.step} steps, on {recipe.data.source}",
+        licence=recipe.model.licence,
+        mean=recipe.model.mean,
+        std=recipe.model.std,
+    )
+    return card, errors
+
+
+@torch.no_grad()
+def _error(model: MaskedImages, canvases: Canvases) -> float:
+    """The loss on canvases and masks that are the same each time."""
+    device, total = canvases.atlas.device, 0.0
+    for seed in range(VALIDATION_BATCHES):
+        generator = torch.Generator(device).manual_seed(seed)
+        images, _ = canvases.draw((2, 2), 4, generator)
+        total += float(model.loss(images, canvases.recipe, generator))
+    return total / VALIDATION_BATCHES
+
+
+def _hidden(
+    batch: int, rows: int, cols: int, device: torch.device, generator: Generator | None
+) -> Tensor:
+    """(B, rows, cols) float32: one where a patch is hidden, in squares."""
+    coarse = (-(-rows // SQUARE_TOKENS), -(-cols // SQUARE_TOKENS))
+    drawn = torch.rand(batch, *coarse, generator=generator, device=device) < HIDDEN_SHARE
+    spread = drawn.repeat_interleave(SQUARE_TOKENS, 1).repeat_interleave(SQUARE_TOKENS, 2)
+    return spread[:, :rows, :cols].float()
