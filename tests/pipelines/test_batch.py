@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -233,6 +234,15 @@ def test_what_did_not_end_comes_last_the_next_time(run, faulty, make_slides, tmp
     result = run(*command)
     assert result.code == 0
     assert result.err.index("c: done") < result.err.index("a: done")
+
+
+def test_interrupted_it_leaves_nothing_half_done(faulty, make_slides, tmp_path):
+    slides = make_slides(a=f"slow 60 {tmp_path}", b="fine")
+    process = start(tmp_path, "batch", faulty, slides, "-o", "out", "--workers", 1)
+    wait_for(tmp_path, "a.*")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert list((tmp_path / "out/slides").iterdir()) == []
 
 
 def test_a_worker_killed_costs_an_attempt(run, faulty, make_slides, tmp_path):
