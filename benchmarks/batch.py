@@ -95,26 +95,26 @@ def overhead(work: Path, count: int) -> Facts:
     recipe = _recipe(work, "no_op", "60s")
     started = time.perf_counter()
     process = _start(work, recipe, slides, "out", "--workers", "2", "-q")
-    memory: list[tuple[float, int]] = []
+    memory: dict[int, int] = {}
     client = psutil.Process(process.pid)
     while process.poll() is None:
         try:
-            memory.append((time.perf_counter() - started, client.memory_info().rss))
+            rss = client.memory_info().rss
         except psutil.NoSuchProcess:
             break
-        time.sleep(0.5)
+        tenth = 10 * _done(work / "out") // count
+        memory[tenth] = max(memory.get(tenth, 0), rss)
+        time.sleep(2)
     seconds = time.perf_counter() - started
     _finish(process, work, "out", 0)
     again = time.perf_counter()
     _finish(_start(work, recipe, slides, "out", "--workers", "2", "-q"), work, "out", 0)
-    half = [rss for at, rss in memory if at < seconds / 2]
     return {
         "slides": count,
         "ms_per_slide": round(seconds / count * 1e3, 2),
         "seconds_to_find_all_done": round(time.perf_counter() - again, 1),
         "ledger_mb": round((work / "out/ledger.sqlite").stat().st_size / 1e6, 2),
-        "client_mb_half_way": round(max(half) / 1e6, 1),
-        "client_mb_at_most": round(max(rss for _, rss in memory) / 1e6, 1),
+        "client_mb_by_tenth_done": {key: round(rss / 1e6) for key, rss in memory.items()},
     }
 
 
