@@ -195,12 +195,27 @@ def scaling(work: Path, count: int) -> Facts:
         _finish(run, work, out, 0)
         # Of the time in which all workers work: each one's first slide makes it warm.
         ends = sorted(record["started"] + record["seconds"] for record in _records(work / out))
-        rates[workers] = (len(ends) - 2 * workers) / (ends[-workers] - ends[workers - 1])
+        rates[workers] = (len(ends) - 2 * workers + 1) / (ends[-workers] - ends[workers - 1])
     return {
         "slides": count,
         "slides_per_minute": {key: round(60 * rate, 2) for key, rate in rates.items()},
         "two_over_one": round(rates[2] / rates[1], 2),
+        "two_over_one_of_bare_loops": ceiling(),
     }
+
+
+def ceiling() -> float:
+    """What a second process adds on this machine at this moment, whatever the work."""
+    code = "import time; t = time.time(); sum(i * i for i in range(10**7)); print(time.time() - t)"
+
+    def seconds(processes: int) -> float:
+        running = [
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+            for _ in range(processes)
+        ]
+        return max(float(process.communicate()[0]) for process in running)
+
+    return round(2 * seconds(1) / seconds(2), 2)
 
 
 def results(out: Path) -> dict[str, Any]:
