@@ -95,26 +95,26 @@ def overhead(work: Path, count: int) -> Facts:
     recipe = _recipe(work, "no_op", "60s")
     started = time.perf_counter()
     process = _start(work, recipe, slides, "out", "--workers", "2", "-q")
-    memory: list[tuple[float, int]] = []
+    memory: dict[int, int] = {}
     client = psutil.Process(process.pid)
     while process.poll() is None:
         try:
-            memory.append((time.perf_counter() - started, client.memory_info().rss))
+            rss = client.memory_info().rss
         except psutil.NoSuchProcess:
             break
-        time.sleep(0.5)
+        tenth = 10 * _done(work / "out") // count
+        memory[tenth] = max(memory.get(tenth, 0), rss)
+        time.sleep(2)
     seconds = time.perf_counter() - started
-    assert process.returncode == 0
+    _finish(process, work, "out", 0)
     again = time.perf_counter()
-    assert _start(work, recipe, slides, "out", "--workers", "2", "-q").wait() == 0
-    half = [rss for at, rss in memory if at < seconds / 2]
+    _finish(_start(work, recipe, slides, "out", "--workers", "2", "-q"), work, "out", 0)
     return {
         "slides": count,
         "ms_per_slide": round(seconds / count * 1e3, 2),
         "seconds_to_find_all_done": round(time.perf_counter() - again, 1),
         "ledger_mb": round((work / "out/ledger.sqlite").stat().st_size / 1e6, 2),
-        "client_mb_half_way": round(max(half) / 1e6, 1),
-        "client_mb_at_most": round(max(rss for _, rss in memory) / 1e6, 1),
+        "client_mb_by_tenth_done": {key: round(rss / 1e6) for key, rss in memory.items()},
     }
 
 
@@ -125,7 +125,7 @@ def archive(work: Path, count: int, kills: int, seed: int) -> Facts:
     recipe = _recipe(work, "segment_or_die", "30s")
     options = ("--workers", "2", "--tries", "2", "--set", "compute.threads=1")
     started = time.perf_counter()
-    assert _start(work, recipe, slides, "whole", *options).wait() == 3
+    _finish(_start(work, recipe, slides, "whole", *options), work, "whole", 3)
     whole_s = time.perf_counter() - started
     journal = work / "journal"
     journal.unlink()
@@ -137,7 +137,7 @@ def archive(work: Path, count: int, kills: int, seed: int) -> Facts:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         print(f"killed with {_done(work / 'killed')} slides done", file=sys.stderr)
-    assert _start(work, recipe, slides, "killed", *options).wait() == 3
+    _finish(_start(work, recipe, slides, "killed", *options), work, "killed", 3)
     facts = {"slides": count, "kills": kills, "seconds_whole": round(whole_s, 1)}
     for name in ("whole", "killed"):
         facts[name] = _check(work / name, expected)
@@ -191,15 +191,31 @@ def scaling(work: Path, count: int) -> Facts:
     rates = {}
     for workers in (1, 2):
         out = f"out{workers}"
-        assert _start(work, recipe, slides, out, "--workers", str(workers), *options).wait() == 0
+        run = _start(work, recipe, slides, out, "--workers", str(workers), *options)
+        _finish(run, work, out, 0)
         # Of the time in which all workers work: each one's first slide makes it warm.
         ends = sorted(record["started"] + record["seconds"] for record in _records(work / out))
-        rates[workers] = (len(ends) - 2 * workers) / (ends[-workers] - ends[workers - 1])
+        rates[workers] = (len(ends) - 2 * workers + 1) / (ends[-workers] - ends[workers - 1])
     return {
         "slides": count,
         "slides_per_minute": {key: round(60 * rate, 2) for key, rate in rates.items()},
         "two_over_one": round(rates[2] / rates[1], 2),
+        "two_over_one_of_bare_loops": ceiling(),
     }
+
+
+def ceiling() -> float:
+    """What a second process adds on this machine at this moment, whatever the work."""
+    code = "import time; t = time.time(); sum(i * i for i in range(10**7)); print(time.time() - t)"
+
+    def seconds(processes: int) -> float:
+        running = [
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+            for _ in range(processes)
+        ]
+        return max(float(process.communicate()[0]) for process in running)
+
+    return round(2 * seconds(1) / seconds(2), 2)
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -251,12 +267,20 @@ def _start(
     """A run of the command line in a process group of its own."""
     root = str(Path(__file__).parent.parent)
     paths = [root, os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [sys.executable, "-c", "from gigavim.cli.main import main; main()", "batch", str(recipe),
-         str(slides), "-o", str(work / out), *options],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    with (work / f"{out}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "gigavim", "batch", str(recipe), str(slides), "-o",
+             str(work / out), *options],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+            stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def _finish(process: "subprocess.Popen[bytes]", work: Path, out: str, code: int) -> None:
+    """Wait for a run, which must end with a code."""
+    if process.wait() != code:
+        log = (work / f"{out}.log").read_text(errors="replace")
+        raise SystemExit(f"the run ended with {process.returncode}, not {code}:\n{log[-5000:]}")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,12 @@ def _run(
     if flags["dry_run"]:
         click.echo("\n".join(dry_run(entries, recipe, out, chosen)))
         return 0
-    with Lines(quiet=options.is_quiet()) as lines:
-        batch = run_batch(entries, recipe, out, options=chosen, watcher=lines)
+    try:
+        with Lines(quiet=options.is_quiet()) as lines:
+            batch = run_batch(entries, recipe, out, options=chosen, watcher=lines)
+    except KeyboardInterrupt:
+        click.echo("\nFinished slides are safe: the same command goes on with the rest.", err=True)
+        raise
     if as_json:
         import orjson
 

@@ -43,7 +43,7 @@ def command(out: Path, watch: float | None, report: bool, as_json: bool) -> int:
     from gigavim_pipelines.status import read_status
 
     status = read_status(out)
-    while watch is not None and _runs(status):
+    while watch is not None and status.at_work:
         if not as_json:
             click.clear()
         _show(status, as_json=as_json)
@@ -56,12 +56,6 @@ def command(out: Path, watch: float | None, report: bool, as_json: bool) -> int:
         for path in write_listings(out):
             click.echo(f"  wrote {path}", err=True)
     return 3 if status.failed else 0
-
-
-def _runs(status: "Status") -> bool:
-    """Whether a run is at work, as far as the ledger knows: one that was killed could not say."""
-    left = status.counts["waiting"] + status.counts["running"]
-    return bool(left) and any(run["ended"] is None for run in status.runs)
 
 
 def _show(status: "Status", *, as_json: bool) -> None:
@@ -84,6 +78,8 @@ def _table(status: "Status") -> Iterator[str]:
         yield f"  speed    {status.slides_per_hour:>8,.0f}  slides an hour{left}"
     if status.peak_bytes:
         yield f"  memory   {format_bytes(status.peak_bytes)} at most in a worker"
+    if status.counts["waiting"] and not status.at_work:
+        yield "  no run is at work; the command that began it goes on with what is waiting"
     for row in status.running[:MOST_RUNNING]:
         spent = _span(time.time() - row["started"])
         again = f", attempt {row['attempts']}" if row["attempts"] > 1 else ""

@@ -15,7 +15,7 @@ from gigavim_pipelines.recipe import Recipe
 if TYPE_CHECKING:
     from distributed import Client
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 SLOT = "slide"
 """The dask resource of which a slide takes one, where workers declare it."""
@@ -90,12 +90,13 @@ def local_client(plan: LocalPlan, *, dashboard: str | None = None) -> Iterator["
         "distributed.worker.memory.terminate": 0.95,
         # A slide's death is judged by what it leaves behind, not by how often dask saw it.
         "distributed.scheduler.allowed-failures": 0,
+        # A worker that is lost again, or still starting, this long after it was lost would be given
+        # up with its nanny: on a busy machine, one after the other, all of them.
+        "distributed.deploy.lost-worker-timeout": "1000 days",
     }
     quiet = not log.isEnabledFor(logging.INFO)
     if quiet:
-        config["logging"] = {"distributed": "critical", "tornado.application": "critical"}
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
-        logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
+        config["logging"] = dict.fromkeys(_hush(), "critical")
     options: dict[str, Any] = {"nthreads": 1, "memory_limit": plan.memory_bytes}
     options |= {"resources": {SLOT: 1}, "silence_logs": logging.CRITICAL if quiet else None}
     workers = {
@@ -129,7 +130,7 @@ def remote_client(address: str) -> Iterator["Client"]:
     from distributed import Client
 
     if not log.isEnabledFor(logging.INFO):
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        _hush()
     try:
         client = Client(address)
     except (OSError, ValueError) as error:
@@ -165,6 +166,18 @@ def _greet(client: "Client", address: str) -> None:
 
 def _version() -> str:
     return __version__
+
+
+def _hush() -> list[str]:
+    """Silence dask here, which tells of every worker lost; return the names of its loggers.
+
+    What becomes of slides is told by ourselves; -v lets dask speak.
+    """
+    names = ["distributed", "tornado", *logging.root.manager.loggerDict]
+    loud = [name for name in names if name.split(".")[0] in ("distributed", "tornado")]
+    for name in loud:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return loud
 
 
 def slots(client: "Client") -> int:

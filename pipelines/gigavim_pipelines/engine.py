@@ -26,7 +26,7 @@ from gigavim_pipelines.worker import Job, Outcome, finished, run_slide
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 _TICK_S = 1.0
 _EVENT_S = 0.5

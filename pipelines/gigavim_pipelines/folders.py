@@ -13,7 +13,7 @@ from gigavim.errors import OutputError
 from gigavim.outputs.atomic import explained
 from gigavim_pipelines.record import Record, record_name
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 _TEMPORARY = re.compile(r"^\.(partial|previous)-[0-9a-f]{8}-(?P<id>.+)$")
 

@@ -12,7 +12,7 @@ from gigavim_pipelines.folders import Archive
 from gigavim_pipelines.ledger import read_ledgers
 from gigavim_pipelines.record import Record
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 Row = dict[str, Any]
 

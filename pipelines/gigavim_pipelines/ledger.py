@@ -253,9 +253,27 @@ def _check_version(path: Path, db: sqlite3.Connection) -> None:
         )
 
 
-def _claim(path: Path) -> sqlite3.Connection:
-    """Hold a lock that the system lets go of however this process ends."""
-    lock = sqlite3.connect(path.with_name(f".{path.name}.lock"), timeout=0, isolation_level=None)
+def at_work(out: Path) -> bool | None:
+    """Whether some run writes a ledger of a folder now; None if that cannot be found out."""
+    for path in ledger_paths(out):
+        try:
+            _claim(path, timeout_s=0.0).close()
+        except OutputError as error:
+            cause = error.__cause__
+            busy = (
+                isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode == sqlite3.SQLITE_BUSY
+            )
+            return True if busy else None
+    return False
+
+
+def _claim(path: Path, *, timeout_s: float = 1.0) -> sqlite3.Connection:
+    """Hold a lock that the system lets go of however this process ends.
+
+    It may be held for a moment by someone who only wants to know whether it is.
+    """
+    name = path.with_name(f".{path.name}.lock")
+    lock = sqlite3.connect(name, timeout=timeout_s, isolation_level=None)
     try:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:

@@ -18,7 +18,7 @@ from gigavim.names import result_stem
 from gigavim_pipelines import remote
 from gigavim_pipelines.entries import Entry, check_id, is_remote, safe_id
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 MANIFEST_SUFFIXES = frozenset((".csv", ".tsv", ".parquet"))
 COLUMNS = ("slide", "id", "mpp", "mask", "label")

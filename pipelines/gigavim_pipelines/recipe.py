@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gigavim.config import Settings, read_toml, validate
 from gigavim.errors import SettingsError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 SlideTask = Callable[..., Any]
 """`task(path, *, settings, stem, progress)`; its answer has `.outputs`, {kind: path}, all below

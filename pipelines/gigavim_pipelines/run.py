@@ -28,7 +28,7 @@ from gigavim_pipelines.worker import Job
 if TYPE_CHECKING:
     from distributed import Client
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"gigavim.{__name__}")
 
 _PATIENCE_S = 120.0
 """Workers of this machine that do not start in that time never will."""
@@ -118,11 +118,7 @@ def run_batch(
         todo = _left(entries, archive, fingerprint, ledger, options)
         batch.skipped = len(entries) - len(todo)
         if todo:
-            with _attempts_folder(ledger.path, archive) as attempts, _client(recipe, options) as at:
-                client, recipe, policy = at
-                watcher.start(todo, batch.skipped, cluster.slots(client))
-                jobs = _jobs(todo, recipe, fingerprint, archive, attempts, options)
-                Engine(client, _Notes(batch, ledger, archive, watcher), policy).run(jobs)
+            _process(todo, batch, (recipe, fingerprint), archive, ledger, options, watcher)
         else:
             watcher.start(todo, batch.skipped, 0)
         ledger.end_run(run)
@@ -130,6 +126,31 @@ def run_batch(
     write_listings(out)
     batch.seconds = time.perf_counter() - started
     return batch
+
+
+def _process(
+    todo: Sequence[Verdict],
+    batch: Batch,
+    recipe: tuple[Recipe, str],
+    archive: Archive,
+    ledger: Ledger,
+    options: Options,
+    watcher: Watcher,
+) -> None:
+    """Run what is to be done on workers; `recipe` comes with its fingerprint."""
+    notes = _Notes(batch, ledger, archive, watcher)
+    try:
+        with (
+            _attempts_folder(ledger.path, archive) as attempts,
+            _client(recipe[0], options) as (client, fitted, policy),
+        ):
+            watcher.start(todo, batch.skipped, cluster.slots(client))
+            jobs = _jobs(todo, fitted, recipe[1], archive, attempts, options)
+            Engine(client, notes, policy).run(jobs)
+    finally:
+        # Our own workers are gone; those of a cluster may still end what they are at.
+        if options.scheduler is None:
+            archive.recover(verdict.entry.id for verdict in todo)
 
 
 def _left(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gigavim.outputs.atomic import atomic_path
-from gigavim_pipelines.ledger import read_ledgers
+from gigavim_pipelines.ledger import at_work, read_ledgers
 
 FAILED_NAME = "failed.csv"
 RECENT_S = 3600.0
@@ -28,6 +28,8 @@ class Status:
     """Rows of the ledger."""
     failed: list[dict[str, Any]]
     runs: list[dict[str, Any]]
+    at_work: bool
+    """Whether a run is at work on them now."""
     slides_per_hour: float | None
     seconds_left: float | None
     peak_bytes: int
@@ -48,6 +50,7 @@ class Status:
         keys = ("id", "slide", "reason", "error", "advice", "attempts")
         return {
             "out": str(self.out),
+            "at_work": self.at_work,
             "slides": self.slides,
             **self.counts,
             "reasons": self.reasons,
@@ -70,6 +73,14 @@ def read_status(out: Path) -> Status:
         OutputError: no batch ran there, or a ledger cannot be read.
     """
     slides, runs = read_ledgers(out)
+    busy = at_work(out)
+    if busy is None:
+        busy = any(run["ended"] is None for run in runs)
+    if not busy:
+        # What a killed run had begun is begun by none.
+        slides = [
+            row | {"state": "waiting"} if row["state"] == "running" else row for row in slides
+        ]
     by_state = Counter(row["state"] for row in slides)
     counts = {state: by_state[state] for state in ("waiting", "running", "done", "failed")}
     failed = sorted((row for row in slides if row["state"] == "failed"), key=lambda row: row["id"])
@@ -83,8 +94,9 @@ def read_status(out: Path) -> Status:
         running=sorted(running, key=lambda row: float(row["started"])),
         failed=failed,
         runs=runs,
+        at_work=busy,
         slides_per_hour=rate,
-        seconds_left=left / rate * 3600 if rate and left else None,
+        seconds_left=left / rate * 3600 if rate and left and busy else None,
         peak_bytes=max((row["peak_bytes"] or 0 for row in slides), default=0),
     )
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -157,7 +158,9 @@ def test_shards_share_the_work_and_the_folder(run, faulty, make_slides, tmp_path
 def test_workers_are_replaced_after_some_slides(run, faulty, make_slides, tmp_path):
     names = [f"s{number}" for number in range(8)]
     slides = make_slides(**dict.fromkeys(names, f"slow 0.2 {tmp_path}"))
-    result = run("batch", faulty, slides, "-o", "out", "--workers", 2, "--recycle-after", 2)
+    # However soon dask would give lost workers up, they come back.
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "10ms"}):
+        result = run("batch", faulty, slides, "-o", "out", "--workers", 2, "--recycle-after", 2)
     assert result.code == 0, result.err
     begun = [path.name.split(".") for path in tmp_path.glob("s*.*") if path.suffix[1:].isdigit()]
     assert sorted(name for name, _ in begun) == names
@@ -174,6 +177,9 @@ def test_two_runs_at_once_in_one_folder_are_refused(run, faulty, make_slides, tm
     assert result.code == 1
     assert "another run is at work there" in result.err
     assert json.loads(run("status", "out", "--json").out)["running"] == 1
+    watched = run("status", "out", "--watch", 0.2)
+    assert "running  a for" in watched.out
+    assert watched.out.count("1   100.0%") > 1
     assert first.wait(60) == 0
 
 
@@ -228,6 +234,15 @@ def test_what_did_not_end_comes_last_the_next_time(run, faulty, make_slides, tmp
     result = run(*command)
     assert result.code == 0
     assert result.err.index("c: done") < result.err.index("a: done")
+
+
+def test_interrupted_it_leaves_nothing_half_done(faulty, make_slides, tmp_path):
+    slides = make_slides(a=f"slow 60 {tmp_path}", b="fine")
+    process = start(tmp_path, "batch", faulty, slides, "-o", "out", "--workers", 1)
+    wait_for(tmp_path, "a.*")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert list((tmp_path / "out/slides").iterdir()) == []
 
 
 def test_a_worker_killed_costs_an_attempt(run, faulty, make_slides, tmp_path):

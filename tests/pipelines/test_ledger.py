@@ -38,13 +38,22 @@ def out(tmp_path):
 
 
 def test_status_tells_states_and_reasons(out):
-    status = read_status(out)
+    with Ledger(ledger_path(out, None)):
+        status = read_status(out)
+    assert status.at_work
     assert status.counts == {"waiting": 1, "running": 1, "done": 1, "failed": 1}
     assert status.reasons == {"crash": 1}
     assert [row["id"] for row in status.running] == ["c"]
     assert status.failed[0]["advice"]
     assert status.peak_bytes == 7
     assert status.rerun == "gigavim again"
+
+
+def test_what_a_killed_run_had_begun_is_not_running(out):
+    status = read_status(out)
+    assert not status.at_work
+    assert status.counts == {"waiting": 2, "running": 0, "done": 1, "failed": 1}
+    assert status.seconds_left is None
 
 
 def test_failed_slides_become_a_manifest(out):
