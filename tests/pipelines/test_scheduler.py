@@ -1,6 +1,7 @@
 """Clusters that run already: `--scheduler tcp://...`."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -97,11 +98,7 @@ def test_every_worker_has_its_gpu_and_its_threads():
     plan = LocalPlan(workers=2, threads=3, memory_bytes=10**9, gpus=("0", "3"))
     with local_client(plan) as client:
         assert slots(client) == 2
-        found = sorted(client.run(_environment).values())
-    assert found == [("0", "3"), ("3", "3")]
-
-
-def _environment():
-    import os
-
-    return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]
+        gpus = sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values())
+        threads = list(client.run(os.getenv, "OMP_NUM_THREADS").values())
+    assert gpus == ["0", "3"]
+    assert threads == ["3", "3"]
