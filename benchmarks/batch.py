@@ -13,6 +13,7 @@ Everything is written to a temporary folder, and runs through the command line a
 import argparse
 import ctypes
 import json
+import logging
 import os
 import platform
 import random
@@ -159,12 +160,29 @@ def make_archive(folder: Path, count: int) -> dict[str, str]:
     bad |= {"crash0": "crash", "crash1": "crash", "hang0": "timeout"}
     for number in range(count - len(bad)):
         write_slide(folder / f"slide{number:04d}.tif", seed=number)
-    whole = (folder / "slide0000.tif").read_bytes()
-    for number in range(10):
-        (folder / f"corrupt{number}.tif").write_bytes(whole[: 200 + 40 * number])
+    for number, data in enumerate(broken_files(10, (folder / "slide0000.tif").read_bytes())):
+        (folder / f"corrupt{number}.tif").write_bytes(data)
     for name in ("crash0", "crash1", "hang0"):
         (folder / f"{name}.tif").write_bytes(CRASH if name.startswith("crash") else HANG)
     return bad
+
+
+def broken_files(count: int, whole: bytes) -> list[bytes]:
+    """Files that others' fuzzers found, where GIGAVIM_TEST_DATA names some; else a good one cut."""
+    from gigavim.errors import CorruptSlideError
+    from gigavim.slides import open_slide
+
+    logging.disable()  # what readers say of such files would fill the screen
+    found = []
+    for path in sorted(Path(os.environ.get("GIGAVIM_TEST_DATA", "")).glob("corrupt/*/*.tif*")):
+        try:
+            open_slide(path, mpp=0.5).close()
+        except CorruptSlideError:
+            found.append(path.read_bytes())
+        except Exception:  # damaged in a way that has another name
+            continue
+    cut = [whole[: 200 + 40 * number] for number in range(count)]
+    return [*found, *cut][:count]
 
 
 def write_slide(path: Path, *, seed: int, side: int = 512) -> None:
