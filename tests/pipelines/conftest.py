@@ -2,13 +2,10 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-from gigavim.cli.main import main
 
 FAULTY = '''
 """A task whose slides are text files; their first word says what happens to them."""
@@ -53,26 +50,6 @@ timeout = "60s"
 retry_wait = "0.1s"
 tries = 2
 """
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path) -> Callable[..., Outcome]:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Outcome:
-        with pytest.raises(SystemExit) as exit_info:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
