@@ -1,6 +1,7 @@
 """`gigavim batch`: an archive of slides through one recipe."""
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     "output",
     type=click.Path(path_type=Path),
     default=Path("gigavim_out"),
+    callback=lambda ctx, param, value: _local(ctx, param, value),
     show_default=True,
     metavar="DIR",
     help="Folder of the results, the ledger and the report.",
@@ -191,11 +193,38 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _slurm_shard() -> tuple[int, int] | None:
-    names = ("ID", "MIN", "STEP", "COUNT")
-    values = [os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in names]
-    if not values[0].isdecimal() or not values[3].isdecimal() or int(values[3]) < 2:
+    """This task's part of a Slurm array, or None outside of arrays of several tasks.
+
+    Raises:
+        click.UsageError: the array's numbers have gaps, so that no task knows its place.
+    """
+    if not os.environ.get("SLURM_ARRAY_TASK_ID"):
         return None
-    task, least, step = (int(value or default) for value, default in zip(values, "001"))
-    part = (task - least) // max(step, 1) + 1
-    click.echo(f"part {part} of {values[3]}, as the Slurm array says", err=True)
-    return part, int(values[3])
+    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
+    values = [os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in names]
+    if not all(value.isdecimal() for value in values):
+        raise click.UsageError("the Slurm array does not say all of itself: give --shard I/N.")
+    task, least, most, step, count = map(int, values)
+    if count == 1:
+        click.echo(
+            "the Slurm array has one task: it takes all slides (one part of more: --shard I/N)",
+            err=True,
+        )
+        return None
+    if step < 1 or (most - least) // step + 1 != count or (task - least) % step:
+        raise click.UsageError(
+            f"the Slurm array has {count} tasks from {least} to {most}, with gaps, so that a task"
+            " does not know its place: give --shard I/N, or use an array without gaps."
+        )
+    part = (task - least) // step + 1
+    click.echo(f"part {part} of {count}, as the Slurm array says", err=True)
+    return part, count
+
+
+def _local(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    """Refuse a URL, which would become a folder of that name."""
+    if re.match(r"[a-z0-9+]{2,}:/", value.as_posix()):
+        raise click.BadParameter(
+            "results are written to a local folder; copy it to a URL afterwards", ctx, param
+        )
+    return value

@@ -76,7 +76,7 @@ def slides_below(
     folder: Path, wanted: frozenset[str] = frozenset(), leave_out: Path | None = None
 ) -> list[Path]:
     """The slides in a folder and its subfolders, sorted; hidden ones and results are left out."""
-    skipped = None if leave_out is None else leave_out.resolve()
+    skipped = set() if leave_out is None else {leave_out.resolve()}
     files = list(_walk(folder, skipped))
     if wanted:
         return sorted(file for file in files if file.name.lower().endswith(tuple(wanted)))
@@ -92,12 +92,14 @@ def is_slide_name(name: str) -> bool:
     return ending in SLIDE_SUFFIXES and not lower.endswith(RESULT_SUFFIXES)
 
 
-def _walk(folder: Path, skipped: Path | None) -> Iterator[Path]:
-    """Files below, and folders that are one slide, which are not entered."""
-    try:
-        items = sorted(folder.iterdir())
-    except OSError as error:
-        raise SlideError(f"{folder}: cannot be searched: {error.strerror}") from error
+def _walk(folder: Path, skipped: set[Path]) -> Iterator[Path]:
+    """Files below, and folders that are one slide, which are not entered.
+
+    `skipped` are folders not to be searched, resolved; each one searched joins them, for links may
+    lead back to it.
+    """
+    skipped.add(folder.resolve())
+    items = sorted(_items(folder))
     # The data of MIRAX slides lie in a folder of the slide's name, which holds no slides.
     companions = {item.stem for item in items if item.suffix.lower() == ".mrxs"}
     for item in items:
@@ -105,7 +107,7 @@ def _walk(folder: Path, skipped: Path | None) -> Iterator[Path]:
             continue
         if not item.is_dir():
             yield item
-        elif skipped is not None and item.resolve() == skipped:
+        elif item.resolve() in skipped:
             continue
         elif _is_slide_folder(item):
             yield item
@@ -115,14 +117,23 @@ def _walk(folder: Path, skipped: Path | None) -> Iterator[Path]:
 
 def _is_slide_folder(folder: Path) -> bool:
     """An OME-Zarr, or a folder of DICOM files and nothing else that could be a slide."""
-    if any((folder / name).exists() for name in ("zarr.json", ".zattrs", ".zgroup")):
+    items = _items(folder)
+    if {item.name for item in items} & {"zarr.json", ".zattrs", ".zgroup"}:
         return True
     suffixes = {
-        item.suffix.lower()
-        for item in folder.iterdir()
-        if not item.name.startswith(".") and not item.is_dir()
+        item.suffix.lower() for item in items if not item.name.startswith(".") and not item.is_dir()
     }
     return suffixes & SLIDE_SUFFIXES == {".dcm"}
+
+
+def _items(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise SlideError(
+            f"{folder}: cannot be searched: {error.strerror}. Make it readable, or name the"
+            " folders beside it one by one."
+        ) from error
 
 
 def _entry(path: Path) -> Entry:

@@ -88,7 +88,7 @@ class Archive:
             foreign = {item.name for item in final.iterdir()} - own
             if foreign & new and not overwrite:
                 raise OutputError(
-                    f"{final / min(foreign & new)}: is there already, and no run made it; move it"
+                    f"{final / min(foreign & new)}: is there already, with no readable record that a run made it; move it"
                     " away, or use --overwrite."
                 )
             previous = final.with_name(f".previous-{uuid4().hex[:8]}-{final.name}")

@@ -53,6 +53,14 @@ def read_manifest(path: str | Path) -> list[Entry]:
                 f"{path}, row {line}: the id {entry.id!r} is that of row {first} too; give each"
                 " slide its own in a column `id`."
             )
+    places: dict[str, int] = {}
+    for (line, _), entry in zip(rows, entries, strict=True):
+        first = places.setdefault(entry.slide, line)
+        if first != line:
+            raise SettingsError(
+                f"{path}, row {line}: the slide {entry.slide} is that of row {first} too; a run"
+                " takes each slide once. Leave one row out, or run it to another -o."
+            )
     return entries
 
 

@@ -146,7 +146,7 @@ def test_shards_share_the_work_and_the_folder(run, faulty, make_slides, tmp_path
     slides = make_slides(**{f"s{number}": "fine" for number in range(5)})
     command = ("batch", faulty, slides, "-o", "out", "--workers", 1)
     assert "2 to do" in run(*command, "--shard", "2/2").err
-    for name, value in {"ID": 10, "MIN": 10, "STEP": 10, "COUNT": 2}.items():
+    for name, value in {"ID": 10, "MIN": 10, "MAX": 20, "STEP": 10, "COUNT": 2}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     first = run(*command)
     assert "part 1 of 2, as the Slurm array says" in first.err
@@ -154,6 +154,31 @@ def test_shards_share_the_work_and_the_folder(run, faulty, make_slides, tmp_path
     assert json.loads(run("status", "out", "--json").out)["done"] == 5
     assert "0 to do, 5 done before" in run(*command, "--shard", "1/1").err
     assert run(*command, "--shard", "0/2").code == 2
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        {"ID": 9, "MIN": 1, "MAX": 9, "STEP": 1, "COUNT": 3},
+        {"ID": 1, "MIN": 1, "MAX": 9, "STEP": 1, "COUNT": 3},
+        {"ID": 3},
+    ],
+    ids=str,
+)
+def test_an_array_with_gaps_runs_nothing(run, faulty, make_slides, monkeypatch, array):
+    slides = make_slides(a="fine")
+    for name, value in array.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    result = run("batch", faulty, slides, "-o", "out")
+    assert result.code == 2
+    assert "--shard I/N" in result.err
+
+
+def test_links_that_lead_back_are_followed_once(run, faulty, make_slides):
+    slides = make_slides(a="fine")
+    (slides / "loop").symlink_to(".")
+    (slides / "again").symlink_to(slides)
+    assert "1 of 1 slides" in run("batch", faulty, slides, "-o", "out", "--dry-run").out
 
 
 def test_workers_are_replaced_after_some_slides(run, faulty, make_slides, tmp_path):
@@ -290,11 +315,14 @@ def wait_for(folder: Path, pattern: str, seconds: float = 30) -> list[Path]:
         (["segment", "x.svs", "--scheduler", "tcp://127.0.0.1:9"], 1, ["127.0.0.1:9", "scheduler"]),
         (["segment", "x.svs", "--model", "no-such"], 1, ["no-such"]),
         (["segment", "x.svs", "-o", "x.svs"], 1, ["x.svs"]),
+        (["segment", "x.svs", "-o", "s3://bucket/out"], 2, ["local folder"]),
+        (["segment", "twice.csv"], 1, ["twice.csv, row 3", "row 2"]),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(run, tmp_path, arguments, code, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.svs").write_text("fine")
+    (tmp_path / "twice.csv").write_text("slide,id\nx.svs,one\nx.svs,two\n")
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         result = run("batch", *arguments)
     assert result.code == code
