@@ -88,8 +88,8 @@ class Archive:
             foreign = {item.name for item in final.iterdir()} - own
             if foreign & new and not overwrite:
                 raise OutputError(
-                    f"{final / min(foreign & new)}: is there already, with no readable record that a run made it; move it"
-                    " away, or use --overwrite."
+                    f"{final / min(foreign & new)}: is there already, and no record says that a run"
+                    " made it; move it away, or use --overwrite."
                 )
             previous = final.with_name(f".previous-{uuid4().hex[:8]}-{final.name}")
             final.rename(previous)

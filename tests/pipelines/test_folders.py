@@ -67,7 +67,7 @@ def test_a_new_result_replaces_the_old_and_keeps_what_is_not_ours(archive):
 def test_a_file_of_the_users_with_a_results_name_is_not_replaced_unasked(archive):
     (archive.slides / "a").mkdir()
     (archive.slides / "a/a.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no run made it"):
+    with pytest.raises(OutputError, match="no record says"):
         finish(archive)
     assert tree(archive) == ["a/a.txt"]
     assert (archive.slides / "a/a.txt").read_text() == "mine"
