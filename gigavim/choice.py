@@ -9,17 +9,15 @@ from gigavim.config import ModelSettings
 from gigavim.errors import ModelError
 from gigavim.frames import length_text
 from gigavim.model.card import ModelCard
-from gigavim.model.checkpoint import list_models, load_model
+from gigavim.model.checkpoint import load_model
 
 if TYPE_CHECKING:
-    import torch
-
     from gigavim.model.heads import SegmentationModel
     from gigavim.slides.base import Slide
 
 log = logging.getLogger(__name__)
 
-DEFAULT_SLIDE_MODEL, LARGE_SLIDE_MODEL = "histo-nuclei-nano", "histo-nuclei"
+SLIDE_MODEL = "histo-nuclei-nano"
 RASTER_MODEL = "aerial-landcover"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -36,7 +34,7 @@ class Choice:
     """Why the model may be wrong for the slide; one sentence each."""
 
 
-def choose_model(slide: "Slide", settings: ModelSettings, device: "torch.device") -> Choice:
+def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
     """Load the model that the settings name, or the default for the kind of image; check the fit.
 
     A slide fits when its mpp is known and within the card's range. With `allow_mpp_mismatch` any
@@ -48,7 +46,7 @@ def choose_model(slide: "Slide", settings: ModelSettings, device: "torch.device"
         ModelError: no model fits, or it is not the slide's resolution or kind.
         MissingMppError: the slide does not state its mpp, and one is needed.
     """
-    name = settings.name if settings.name != "auto" else default_model(slide, device)
+    name = settings.name if settings.name != "auto" else default_model(slide)
     model, card = load_model(name)
     if settings.weights:
         model = load_other_weights(card, Path(settings.weights))
@@ -119,18 +117,6 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
     return model.eval()
 
 
-def default_model(slide: "Slide", device: "torch.device") -> str:
-    """The shipped model for a kind of image; the large one where a GPU makes it quick.
-
-    Raises `ModelError` where none is shipped for it.
-    """
-    shipped = list_models()
-    if slide.georeference is None:
-        large = device.type == "cuda" and LARGE_SLIDE_MODEL in shipped
-        return LARGE_SLIDE_MODEL if large else DEFAULT_SLIDE_MODEL
-    if RASTER_MODEL in shipped:
-        return RASTER_MODEL
-    raise ModelError(
-        f"{slide.path}: no shipped model is made for georeferenced rasters. Name one with"
-        f" --model ({', '.join(shipped)}) and add --allow-mpp-mismatch to try it."
-    )
+def default_model(slide: "Slide") -> str:
+    """The shipped model for a kind of image."""
+    return SLIDE_MODEL if slide.georeference is None else RASTER_MODEL

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from gigavim_pipelines.run import Batch
 
 
+def _local(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    """Refuse a URL, which would become a folder of that name."""
+    if re.match(r"[a-z0-9+]{2,}:/", value.as_posix()):
+        raise click.BadParameter(
+            "results are written to a local folder; copy it to a URL afterwards", ctx, param
+        )
+    return value
+
+
 @click.command("batch")
 @click.argument("recipe", required=False)
 @click.argument("archives", metavar="ARCHIVE...", nargs=-1)
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
     "output",
     type=click.Path(path_type=Path),
     default=Path("gigavim_out"),
-    callback=lambda ctx, param, value: _local(ctx, param, value),
+    callback=_local,
     show_default=True,
     metavar="DIR",
     help="Folder of the results, the ledger and the report.",
@@ -219,12 +228,3 @@ def _slurm_shard() -> tuple[int, int] | None:
     part = (task - least) // step + 1
     click.echo(f"part {part} of {count}, as the Slurm array says", err=True)
     return part, count
-
-
-def _local(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
-    """Refuse a URL, which would become a folder of that name."""
-    if re.match(r"[a-z0-9+]{2,}:/", value.as_posix()):
-        raise click.BadParameter(
-            "results are written to a local folder; copy it to a URL afterwards", ctx, param
-        )
-    return value

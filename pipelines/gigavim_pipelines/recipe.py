@@ -61,8 +61,6 @@ class RecipeHead(_Section):
     description: str = ""
     task: str = "segment"
     """A name in `TASKS`, or "module:function" of one's own, called as `SlideTask` says."""
-    needs_model: bool = False
-    """No shipped model suits: one must be named."""
 
 
 class BatchSettings(_Section):
@@ -171,10 +169,6 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         recipe = _override(recipe, override)
     recipe.function()
-    if recipe.recipe.needs_model and recipe.model.name == "auto":
-        raise SettingsError(
-            f"{name_or_path}: no shipped model suits this recipe yet; name yours with --model."
-        )
     return _absolute(recipe)
 
 

@@ -17,7 +17,7 @@ STAGES = 4
 UNROLL = 2
 """Tokens whose exponentials are evaluated side by side."""
 MARK = 32
-"""Tokens between two states kept for the gradients: 384 bytes a token and direction for Vim-Ti."""
+"""Tokens between two states kept for the gradients: 768 bytes a token and direction for Vim-Ti."""
 
 
 class Scanned(NamedTuple):
