@@ -35,7 +35,8 @@ def test_scan_at_any_size_and_step(
     assert found.y.dtype == torch.float32
     assert relative_error(found.y, expected.y) < 1e-5  # one number may cancel
     assert relative_error(found.state, expected.state) < 1e-6
-    assert (found.decay.double() - expected.decay).abs().sum() < 1e-5
+    # Each by itself: the sum of so many roundings has no bound of its own.
+    torch.testing.assert_close(found.decay.double(), expected.decay, rtol=0, atol=1e-6)
 
 
 @SENSES
