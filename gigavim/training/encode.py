@@ -6,6 +6,7 @@ single exponential per channel and token then serves all sixteen states.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple, cast
 
@@ -20,16 +21,17 @@ from gigavim_kernels.backends import backend_name
 
 log = logging.getLogger(__name__)
 
-RANK_MULTIPLE = 8
 
+class LayerKernel(NamedTuple):
+    """What adds a layer to the stream, with gradients."""
 
-class Operators(NamedTuple):
-    """What the mixer of a block needs, with gradients."""
-
-    conv: Callable[..., Tensor]
-    """(x, weight, bias, *, reverse) as `gigavim_kernels.naive.causal_conv`."""
-    scan: Callable[..., Tensor]
-    """(x, dt, A, B, C, D, z, dt_bias, *, reverse) to y, as `naive.selective_scan`."""
+    add: Callable[[Block, Tensor, Tensor | None, bool], Tensor]
+    """(layer, stream (B, L, D), keep (B,) or None, tied) to the stream with the layer's branch,
+    times keep, added."""
+    recomputes: bool = False
+    """Whether it keeps nothing for the gradients but the stream."""
+    ties: bool = False
+    """Whether the decay rates of a channel's states are tied, asked or not."""
 
 
 def encode(
@@ -49,80 +51,56 @@ def encode(
         drop_path: the rate at which a sequence skips the last layer; less for earlier ones.
         generator: draws the layers that are skipped, on the device of the tokens.
         recompute: keep only the stream before each layer, and compute the rest once more in the
-            backward pass.
+            backward pass; GPUs always do.
         tied: keep the decay rates of a channel's states in the ratio 1 : 2 : ... : N, which CPUs
             scan much faster; on a CPU they are always kept so.
     """
-    operators = training_operators(tokens.device, encoder.config.d_state, encoder.config.d_inner)
-    if encoder.config.bidirectional == "layer_pairs":
-        return encoder.encode(tokens)
+    config = encoder.config
+    kernel = layer_kernel(tokens.device, config.d_state, config.d_model)
+
+    def added(layer: Block, stream: Tensor, keep: Tensor | None) -> Tensor:
+        if recompute and torch.is_grad_enabled() and not kernel.recomputes:
+            again = checkpoint(kernel.add, layer, stream, keep, tied, use_reentrant=False)
+            return cast(Tensor, again)
+        return kernel.add(layer, stream, keep, tied)
+
+    paired = config.bidirectional == "layer_pairs"
+    layers = cast(list[Block], list(encoder.layers))
+    steps = [layers[i : i + 1 + paired] for i in range(0, len(layers), (1 + paired) * every)]
     stream = tokens
-    layers = cast(list[Block], list(encoder.layers))[::every]
-    for place, layer in enumerate(layers):
-        if recompute and torch.is_grad_enabled():
-            branch = checkpoint(_branch, layer, stream, operators, tied, use_reentrant=False)
-        else:
-            branch = _branch(layer, stream, operators, tied)
-        rate = drop_path * place / max(1, len(layers) - 1)
+    for place, step in enumerate(steps):
+        rate = drop_path * place / max(1, len(steps) - 1)
+        keep = None
         if rate > 0 and torch.is_grad_enabled():
-            draw = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
-            branch = branch * ((draw >= rate) / (1 - rate))
-        stream = stream + branch
+            draw = torch.rand(len(tokens), generator=generator, device=tokens.device)
+            keep = (draw >= rate) / (1 - rate)
+        if paired:  # both see one stream, the second from its end, and their sums are added
+            flipped = added(step[1], stream.flip(1), keep).flip(1)
+            stream = added(step[0], stream, keep) + flipped
+        else:
+            stream = added(step[0], stream, keep)
     return cast(Tensor, encoder.norm_f(stream))
 
 
 @cache
-def training_operators(device: torch.device, states: int, channels: int) -> Operators | None:
-    """Choose the kernels for a device; None where only the model's own plain torch will do."""
-    if device.type == "cpu" and states == 16 and channels % 16 == 0:
+def layer_kernel(device: torch.device, states: int, d_model: int) -> LayerKernel:
+    """Choose the kernels for a device; where there are none, the model's own plain torch."""
+    if device.type == "cpu" and states == 16 and d_model % 8 == 0:
         if backend_name(device) == "numba":
-            return _numba_operators()
+            return LayerKernel(_add_on_cpu, ties=True)
     elif device.type == "cuda" and backend_name(device) == "triton":
-        operators = _triton_operators()
-        error = scan_error(operators, device, states, channels)
-        if error < 5e-3:
-            return operators
+        from gigavim_kernels import selftest
+
+        check = selftest.check_branch(device, d_model, states)
+        if check.ok:
+            return LayerKernel(_add_on_gpu, recomputes=True)
         log.warning(
-            "the Triton scan is off by %.1e on %s: plain torch trains, ten times slower",
-            error,
+            "%s: off by %.1e on %s: plain torch trains, ten times slower",
+            check.name,
+            check.error,
             torch.cuda.get_device_name(device),
         )
-    return None
-
-
-def scan_error(operators: Operators, device: torch.device, states: int, channels: int) -> float:
-    """The largest relative error of outputs and gradients against plain torch in float64."""
-    from gigavim_kernels import chunked, naive
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    length = 300
-    rows = [draw(2, length, channels) for _ in range(4)]
-    sides = [draw(2, length, states) for _ in range(2)]
-    rates = -torch.rand(channels, states, generator=generator) - 0.05
-    scan = [rows[0], rates, *sides, draw(channels), rows[1], draw(channels)]
-    inputs = [rows[2], draw(channels, 4), draw(channels), *scan]
-    weights = rows[3].to(device)
-    worst = 0.0
-    for reverse in (False, True):
-        found = [t.to(device, copy=True).requires_grad_() for t in inputs]
-        expected = [t.to(device, torch.float64).requires_grad_() for t in inputs]
-        y = operators.scan(operators.conv(*found[:3], reverse=reverse), *found[3:], reverse=reverse)
-        plain = chunked.selective_scan(
-            naive.causal_conv(*expected[:3], reverse=reverse), *expected[3:], reverse=reverse
-        ).y
-        torch.autograd.backward((y * weights).sum())
-        torch.autograd.backward((plain * weights).sum())
-        pairs = [(y, plain), *((f.grad, e.grad) for f, e in zip(found, expected, strict=True))]
-        for one, other in pairs:
-            assert one is not None
-            assert other is not None
-            difference = (one.detach() - other.detach()).norm()
-            worst = max(worst, float(difference / other.detach().norm().clamp(min=1e-6)))
-    return worst
+    return LayerKernel(_add_plainly)
 
 
 def tied_rate(A: Tensor) -> Tensor:
@@ -142,59 +120,49 @@ def silence_odd_layers(encoder: Vim) -> None:
         cast(Block, layer).mixer.out_proj.weight.zero_()
 
 
-def _numba_operators() -> Operators:
-    from gigavim_kernels.cpu.training import scan as cpu_scan
-
-    def scan(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
-        dt_bias: Tensor, *, reverse: bool,
-    ) -> Tensor:  # fmt: skip
-        return cpu_scan.selective_scan(x, dt, tied_rate(A), B, C, D, z, dt_bias, reverse=reverse)
-
-    return Operators(cpu_scan.causal_conv, scan)
+def _add_plainly(layer: Block, stream: Tensor, keep: Tensor | None, _tied: bool) -> Tensor:
+    branch = cast(Tensor, layer(stream))
+    return stream + (branch if keep is None else branch * keep[:, None, None])
 
 
-def _triton_operators() -> Operators:
-    from gigavim_kernels.cuda import conv_adjoint, ops
+def _add_on_gpu(layer: Block, stream: Tensor, keep: Tensor | None, tied: bool) -> Tensor:
+    from gigavim_kernels.cuda.branch import vim_branch
+    from gigavim_kernels.cuda.directions import stack
 
-    def scan(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
-        dt_bias: Tensor, *, reverse: bool,
-    ) -> Tensor:  # fmt: skip
-        return ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse=reverse).y
-
-    return Operators(conv_adjoint.causal_conv, scan)
-
-
-def _branch(block: Block, stream: Tensor, operators: Operators | None, tied: bool) -> Tensor:
-    """Norm, in_proj, scans, out_proj: (B, L, D) to (B, L, D) in the stream's dtype."""
-    if operators is None:
-        return cast(Tensor, block(stream))
-    mixer = block.mixer
-    inner, gate = mixer.in_proj(block.norm(stream)).chunk(2, -1)  # (B, L, E) each
-    outputs = []
-    for direction in mixer.directions():
-        u = operators.conv(
-            inner, direction.conv_weight, direction.conv_bias, reverse=direction.reverse_conv
+    mixer = layer.mixer
+    directions = mixer.directions()
+    if tied:
+        directions = tuple(
+            replace(d, A=spread_rate(tied_rate(d.A), d.A.shape[1])) for d in directions
         )
-        rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
-        # Aligned to 16 bytes in bfloat16, without which matrix products are slow.
-        more = -rank % RANK_MULTIPLE
-        rows_dt, rows_bc = torch.split(direction.x_proj, [rank, 2 * states])
-        x_proj = torch.cat((F.pad(rows_dt, (0, 0, 0, more)), rows_bc)) if more else direction.x_proj
-        low, B, C = torch.split(F.linear(u, x_proj), [rank + more, states, states], -1)
-        y = operators.scan(
-            u,
-            F.linear(low, F.pad(direction.dt_weight, (0, more))),
-            spread_rate(tied_rate(direction.A), states) if tied else direction.A,
-            B,
-            C,
-            direction.D,
-            gate,
-            direction.dt_bias,
-            reverse=direction.reverse,
+    out_proj = mixer.out_proj.weight
+    return vim_branch(
+        stream.float(),
+        layer.norm.weight,
+        layer.norm.eps,
+        mixer.in_proj.weight,
+        out_proj * mixer.scale if mixer.scale != 1 else out_proj,
+        stack(directions),
+        keep=keep,
+        half=torch.is_autocast_enabled(stream.device.type),
+    )
+
+
+def _add_on_cpu(layer: Block, stream: Tensor, keep: Tensor | None, _tied: bool) -> Tensor:
+    from gigavim_kernels.cpu.training import scan as kernels
+
+    mixer = layer.mixer
+    inner, gate = mixer.in_proj(layer.norm(stream)).chunk(2, -1)  # (B, L, E) each
+    total = stream.new_zeros(())
+    for d in mixer.directions():
+        u = kernels.causal_conv(inner, d.conv_weight, d.conv_bias, reverse=d.reverse_conv)
+        rank, states = d.dt_weight.shape[1], d.A.shape[1]
+        low, B, C = torch.split(F.linear(u, d.x_proj), [rank, states, states], -1)
+        dt = F.linear(low, d.dt_weight)
+        total = total + kernels.selective_scan(
+            u, dt, tied_rate(d.A), B, C, d.D, gate, d.dt_bias, reverse=d.reverse
         )
-        outputs.append(y)
-    total = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
-    branch: Tensor = mixer.out_proj(total * mixer.scale if mixer.scale != 1 else total)
-    return branch.to(stream.dtype)
+    branch: Tensor = mixer.out_proj(total * mixer.scale if mixer.scale != 1 else total).to(
+        stream.dtype
+    )
+    return stream + (branch if keep is None else branch * keep[:, None, None])

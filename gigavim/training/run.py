@@ -21,7 +21,7 @@ from gigavim.model.weights import tie_rates
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
-from gigavim.training.encode import silence_odd_layers, training_operators
+from gigavim.training.encode import layer_kernel, silence_odd_layers
 from gigavim.training.pack import Picture, read_pack, read_pictures, split
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
@@ -229,8 +229,8 @@ class Run:
     @property
     def _tied(self) -> bool:
         config = self.recipe.model.encoder
-        on_cpu = training_operators(self.device, config.d_state, config.d_inner) is not None
-        return self.recipe.model.tied_rates or (self.device.type == "cpu" and on_cpu)
+        kernel = layer_kernel(self.device, config.d_state, config.d_model)
+        return self.recipe.model.tied_rates or kernel.ties
 
     def _metrics(self) -> dict[str, float]:
         monitor = self.recipe.loss.monitor

@@ -1,7 +1,9 @@
 """Are the kernels right on this machine? Checks against the specification in float64."""
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ def run(device: torch.device, *, full: bool = False) -> Iterator[Check]:
             yield check_block(name, device, precision)
     if "triton" in names:
         yield from check_gradients(device)
+        yield check_branch(device)
         if full:
             yield from check_offsets(device)
 
@@ -77,6 +80,64 @@ def check_gradients(device: torch.device) -> Iterator[Check]:
             worst = max(worst, relative_error(one, other))
         sense = "reverse" if reverse else "forward"
         yield Check(f"gradients, triton, {sense}", worst, LIMITS["fp32"])
+
+
+def check_branch(
+    device: torch.device, d_model: int = 64, states: int = 16, length: int = 150
+) -> Check:
+    """Every gradient of a whole block that recomputes, over a sequence in three chunks."""
+    from gigavim_kernels.cuda.branch import vim_branch
+    from gigavim_kernels.cuda.directions import stack
+
+    block = random_block(d_model=d_model, states=states)
+    stream, weights = torch.randn(2, length, d_model)
+    found, mine = leaves(block.branches[0], stream, device, torch.float32)
+    expected, theirs = leaves(block.branches[0], stream, torch.device("cpu"), torch.float64)
+    with exact_products():
+        sums = vim_branch(
+            mine["stream"][None], found.norm_weight, found.norm_eps, found.in_proj,
+            found.out_proj * found.scale, stack(found.directions), chunk=length * 2 // 5,
+        )  # fmt: skip
+        torch.autograd.backward((sums * weights.to(device)).sum())
+    plain = naive.vim_block(replace(block, branches=(expected,)), theirs["stream"])
+    torch.autograd.backward((plain * weights).sum())
+    worst = 0.0
+    for name, leaf in mine.items():
+        one, other = leaf.grad, theirs[name].grad
+        assert one is not None
+        assert other is not None
+        worst = max(worst, relative_error(one.cpu(), other))
+    return Check("gradients of a block, triton", worst, LIMITS["fp32"])
+
+
+def leaves(
+    branch: Branch, stream: Tensor, device: torch.device, dtype: torch.dtype
+) -> tuple[Branch, dict[str, Tensor]]:
+    """A branch whose tensors take gradients, and these tensors, the stream too, by name."""
+    found = {"stream": stream.to(device, dtype, copy=True).requires_grad_()}
+
+    def leafed(owner: Any, suffix: str) -> Any:
+        for name in (f.name for f in fields(owner)):
+            tensor = getattr(owner, name)
+            if isinstance(tensor, Tensor):
+                leaf = tensor.to(device, dtype, copy=True).requires_grad_()
+                found[name + suffix] = leaf
+                owner = replace(owner, **{name: leaf})
+        return owner
+
+    directions = tuple(leafed(d, f" {place}") for place, d in enumerate(branch.directions))
+    return replace(leafed(branch, ""), directions=directions), found
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Keep float32 products from being rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def check_offsets(

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gigavim.engine.images import ImageEncoder
 from gigavim.model.config import VimConfig
 from gigavim.model.vim import Vim
+from gigavim.training.encode import encode
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 GATE = 2e-5
@@ -30,7 +32,15 @@ CASES = [
     for path in [*sorted(GOLDEN.glob("*.safetensors")), *_whole_files()]
     if not any(part in path.name for part in NOT_MODELS)
 ]
-IDS = [f"{path.stem}-{'given' if path.parent == GOLDEN else 'whole'}" for path in CASES]
+
+
+def _name(path: Path) -> str:
+    return f"{path.stem}-{'given' if path.parent == GOLDEN else 'whole'}"
+
+
+def _has_logits(path: Path) -> bool:
+    with safe_open(path, "pt") as file:
+        return {"input", "logits"} <= set(file.keys())
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -99,11 +109,40 @@ def _errors(path: Path) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("path", CASES, ids=IDS)
+@pytest.mark.parametrize("path", CASES, ids=_name)
 def test_every_stage_meets_the_published_numbers(path):
     errors = _errors(path)
     assert errors
     assert {stage: error for stage, error in errors.items() if not error <= GATE} == {}
+
+
+@pytest.mark.parametrize(
+    ("precision", "gate"), [("fp32", GATE), pytest.param("bf16", 2e-2, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("path", [p for p in CASES if _has_logits(p)], ids=_name)
+def test_the_kernels_of_a_device_meet_the_published_logits(path, where, precision, gate):
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, vectors = _load(path)
+    classify = ImageEncoder(model, device=where, precision=precision)
+    assert _relative(classify(vectors["input"]), vectors["logits"]) <= gate
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_meet_the_published_ones():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, _ = _load(GOLDEN / "tiny_s16_mid_div2_part.safetensors")
+    model.to("cuda")
+    wanted = load_file(GOLDEN / "tiny_s16_mid_div2_grads.safetensors")
+    images = wanted["input"].cuda().requires_grad_()
+    logits = model.classify(encode(model, model.tokens(images)))
+    (logits * wanted["cotangent"].cuda()).sum().backward()
+    found = {"input": images.grad} | {name: p.grad for name, p in model.named_parameters()}
+    errors = {name: _relative(value.cpu(), wanted[f"grad.{name}"]) for name, value in found.items()}
+    assert _relative(logits.cpu(), wanted["logits"]) <= GATE
+    assert {name: error for name, error in errors.items() if not error <= GRADIENT_GATE} == {}
 
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])

@@ -8,15 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels.block import States
-from gigavim_kernels.cuda.conv import convolve
+from gigavim_kernels.cuda.directions import Directions, scan_inputs, stack
 from gigavim_kernels.cuda.norm import rms_norm
 from gigavim_kernels.cuda.scan import Scanned, scan, scan_states
-from gigavim_kernels.weights import BlockWeights, Branch, Direction
+from gigavim_kernels.weights import BlockWeights, Branch
 
 CHUNK_ELEMENTS = 1 << 26
 """Tokens times channels of a call: about 1.2 GB of temporaries in bf16."""
-RANK_MULTIPLE = 8
-"""Columns of dt are padded to 16 bytes in bf16, so that all of x_proj's columns are aligned."""
 
 
 class CudaBlock:
@@ -56,7 +54,7 @@ class CudaBlock:
                 continue
             inner = branch.in_proj[: branch.out_proj.shape[1]]
             x = F.linear(self._norm(branch, stream, left, right), inner)
-            c, dt, bc = self._scan_inputs(d, x, self.halo)
+            c, dt, bc, _ = scan_inputs(d, x, before=self.halo, after=self.halo)
             first = torch.stack([next(given) for _ in d.reverse])[:, None]  # (S, 1, E, N)
             last = scan_states(c, dt, d.A, bc, d.dt_bias, first, reverse=d.reverse)
             carried += last[:, 0].unbind()
@@ -110,20 +108,9 @@ class CudaBlock:
         """All directions of a branch over normed rows (B, halo + T + halo, D)."""
         d, width = branch.directions, branch.out_proj.shape[1]
         xz = F.linear(rows, branch.in_proj)
-        c, dt, bc = self._scan_inputs(d, xz[:, :, :width], halo)
+        c, dt, bc, _ = scan_inputs(d, xz[:, :, :width], before=halo, after=halo)
         z = xz[:, halo : xz.shape[1] - halo, width:]  # (B, T, E)
         return scan(c, dt, d.A, bc, d.D, z, d.dt_bias, first, reverse=d.reverse)
-
-    def _scan_inputs(self, d: "_Directions", x: Tensor, halo: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolve x (B, halo + T + halo, E): c, dt (S, B, T, E), B and C (S, B, T, 2 N)."""
-        c = convolve(
-            x, d.conv_weight, d.conv_bias, reverse=d.reverse_conv, before=halo, after=halo
-        )  # (S, B, T, E)
-        projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT)  # (S, B T, padded R + 2 N)
-        rank = d.dt_weight.shape[2]
-        dt = torch.bmm(projected[:, :, :rank], d.dt_weight.mT)
-        bc = projected[:, :, rank:].float().contiguous()
-        return c, dt.view(c.shape), bc.view(*c.shape[:3], bc.shape[2])
 
     def _add(self, stream: Tensor, outputs: list[Tensor]) -> None:
         """Add what the branches give, each (T, E), to the stream (T, D), in place."""
@@ -137,63 +124,25 @@ class CudaBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class _Directions:
-    """The S directions of a branch, their tensors stacked."""
-
-    conv_weight: Tensor  # (S, E, K)
-    conv_bias: Tensor  # (S, E)
-    x_proj: Tensor  # (S, padded R + 2 N, E)
-    dt_weight: Tensor  # (S, E, padded R)
-    dt_bias: Tensor  # (S, E)
-    A: Tensor  # (S, E, N)
-    D: Tensor  # (S, E)
-    reverse: tuple[bool, ...]
-    reverse_conv: tuple[bool, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Branch:
     norm_weight: Tensor
     norm_eps: float
     in_proj: Tensor  # (2 E, D)
     out_proj: Tensor  # (D, E), times the branch's scale
-    directions: _Directions
-    reversed_directions: _Directions | None
+    directions: Directions
+    reversed_directions: Directions | None
 
 
 def _prepare(branch: Branch, device: torch.device, product: torch.dtype) -> _Branch:
-    backward = tuple(d for d in branch.directions if d.reverse)
+    directions = stack(branch.directions).to(device, product)
+    forward = directions.reverse.count(False)
     return _Branch(
         norm_weight=branch.norm_weight.to(device),
         norm_eps=branch.norm_eps,
         in_proj=branch.in_proj.to(device, product),
         out_proj=(branch.out_proj * branch.scale).to(device, product),
-        directions=_stack(branch.directions, device, product),
-        reversed_directions=_stack(backward, device, product) if backward else None,
+        directions=directions,
+        reversed_directions=directions.only(slice(forward, None))
+        if any(directions.reverse)
+        else None,
     )
-
-
-def _stack(
-    directions: tuple[Direction, ...], device: torch.device, product: torch.dtype
-) -> _Directions:
-    x_proj, dt_weight = zip(*(_pad_rank(d) for d in directions))
-    return _Directions(
-        conv_weight=torch.stack([d.conv_weight for d in directions]).to(device),
-        conv_bias=torch.stack([d.conv_bias for d in directions]).to(device),
-        x_proj=torch.stack(x_proj).to(device, product),
-        dt_weight=torch.stack(dt_weight).to(device, product),
-        dt_bias=torch.stack([d.dt_bias for d in directions]).to(device),
-        A=torch.stack([d.A for d in directions]).to(device),
-        D=torch.stack([d.D for d in directions]).to(device),
-        reverse=tuple(d.reverse for d in directions),
-        reverse_conv=tuple(d.reverse_conv for d in directions),
-    )
-
-
-def _pad_rank(direction: Direction) -> tuple[Tensor, Tensor]:
-    """x_proj and dt_weight with zero rows and columns up to a multiple of the rank."""
-    rank = direction.dt_weight.shape[1]
-    more = -rank % RANK_MULTIPLE
-    rows_dt, rows_bc = direction.x_proj[:rank], direction.x_proj[rank:]
-    x_proj = torch.cat((F.pad(rows_dt, (0, 0, 0, more)), rows_bc))
-    return x_proj, F.pad(direction.dt_weight, (0, more))

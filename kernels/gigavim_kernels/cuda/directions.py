@@ -1,0 +1,120 @@
+"""The directions of a branch side by side, and what their scans read of its inner rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gigavim_kernels.cuda.conv import convolve
+from gigavim_kernels.weights import Direction
+
+RANK_MULTIPLE = 8
+"""Columns of dt are padded to 16 bytes in bf16, so that all of x_proj's columns are aligned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """The S directions of a branch, their tensors stacked."""
+
+    conv_weight: Tensor
+    """(S, E, K)"""
+    conv_bias: Tensor
+    """(S, E)"""
+    x_proj: Tensor
+    """(S, R + 2 N, E), R padded to a multiple of `RANK_MULTIPLE`."""
+    dt_weight: Tensor
+    """(S, E, R)"""
+    dt_bias: Tensor
+    """(S, E)"""
+    A: Tensor
+    """(S, E, N)"""
+    D: Tensor
+    """(S, E)"""
+    reverse: tuple[bool, ...]
+    reverse_conv: tuple[bool, ...]
+
+    @staticmethod
+    def of(
+        tensors: Sequence[Tensor], reverse: Sequence[bool], reverse_conv: Sequence[bool]
+    ) -> "Directions":
+        """Put `tensors` of directions together again."""
+        conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D = tensors
+        senses = tuple(reverse), tuple(reverse_conv)
+        return Directions(conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D, *senses)
+
+    def only(self, part: slice) -> "Directions":
+        """Some of the directions."""
+        tensors = [t[part] for t in self.tensors]
+        return Directions.of(tensors, self.reverse[part], self.reverse_conv[part])
+
+    def to(self, device: torch.device, product: torch.dtype) -> "Directions":
+        """Move all tensors, those of products as `product`, the others as float32."""
+        conv_weight, conv_bias, x_proj, dt_weight, *rest = (
+            t.to(device, torch.float32) for t in self.tensors
+        )
+        products = (x_proj.to(product), dt_weight.to(product))
+        tensors = (conv_weight, conv_bias, *products, *rest)
+        return Directions.of(tensors, self.reverse, self.reverse_conv)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order of the fields."""
+        return (
+            self.conv_weight, self.conv_bias, self.x_proj, self.dt_weight, self.dt_bias, self.A,
+            self.D,
+        )  # fmt: skip
+
+
+class ScanInputs(NamedTuple):
+    """What the scans of S directions read of a chunk."""
+
+    c: Tensor
+    """(S, B, T, E), the convolved rows."""
+    dt: Tensor
+    """(S, B, T, E), before bias and softplus."""
+    bc: Tensor
+    """(S, B, T, 2 N) float32: B and C of a token, one after the other."""
+    low: Tensor
+    """(S, B T, R), what dt is a product of."""
+
+
+def stack(directions: Sequence[Direction]) -> Directions:
+    """Stack the tensors of directions; gradients flow through."""
+    x_proj, dt_weight = zip(*(_pad_rank(d) for d in directions))
+    return Directions(
+        conv_weight=torch.stack([d.conv_weight for d in directions]),
+        conv_bias=torch.stack([d.conv_bias for d in directions]),
+        x_proj=torch.stack(x_proj),
+        dt_weight=torch.stack(dt_weight),
+        dt_bias=torch.stack([d.dt_bias for d in directions]),
+        A=torch.stack([d.A for d in directions]),
+        D=torch.stack([d.D for d in directions]),
+        reverse=tuple(d.reverse for d in directions),
+        reverse_conv=tuple(d.reverse_conv for d in directions),
+    )
+
+
+def scan_inputs(d: Directions, x: Tensor, *, before: int, after: int) -> ScanInputs:
+    """Convolve and project inner rows x (B, before + T + after, E) for the T tokens in between.
+
+    The weights of the products, x_proj and dt_weight, have the dtype of x.
+    """
+    c = convolve(x, d.conv_weight, d.conv_bias, reverse=d.reverse_conv, before=before, after=after)
+    projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT)  # (S, B T, R + 2 N)
+    rank = d.dt_weight.shape[2]
+    low = projected[:, :, :rank]
+    dt = torch.bmm(low, d.dt_weight.mT)
+    bc = projected[:, :, rank:].float().contiguous()
+    return ScanInputs(c, dt.view(c.shape), bc.view(*c.shape[:3], bc.shape[2]), low)
+
+
+def _pad_rank(direction: Direction) -> tuple[Tensor, Tensor]:
+    """x_proj and dt_weight with zero rows and columns up to a multiple of the rank."""
+    rank = direction.dt_weight.shape[1]
+    more = -rank % RANK_MULTIPLE
+    rows_dt, rows_bc = direction.x_proj[:rank], direction.x_proj[rank:]
+    x_proj = torch.cat((F.pad(rows_dt, (0, 0, 0, more)), rows_bc))
+    return x_proj, F.pad(direction.dt_weight, (0, more))

@@ -1,0 +1,137 @@
+"""A branch of a block that recomputes, with all gradients, against the specification."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gigavim.model.registry import REGISTRY
+from gigavim.model.vim import Vim
+from gigavim.training import encode
+from gigavim_kernels import naive, selftest
+from gigavim_kernels.weights import BlockWeights
+
+gpu = pytest.mark.gpu
+
+
+def run(branch, stream, **given):
+    from gigavim_kernels.cuda.branch import vim_branch
+    from gigavim_kernels.cuda.directions import stack
+
+    return vim_branch(
+        stream, branch.norm_weight, branch.norm_eps, branch.in_proj, branch.out_proj * branch.scale,
+        stack(branch.directions), **given,
+    )  # fmt: skip
+
+
+def specified(branch, stream, keep):
+    found = [naive.vim_block(BlockWeights((branch,)), row) for row in stream]
+    return torch.stack([row + k * (f - row) for row, f, k in zip(stream, found, keep)])
+
+
+@pytest.mark.parametrize("kind", ["v2", "v1", "none", "layer_pairs"])
+@pytest.mark.parametrize(
+    ("batch", "length", "d_model", "chunk", "half"),
+    [
+        pytest.param(1, 1, 8, None, False, id="one token"),
+        pytest.param(2, 9, 8, None, False, id="whole"),
+        pytest.param(2, 11, 8, 4, False, id="in chunks"),
+        pytest.param(1, 5, 8, 1, False, id="chunks shorter than the halo"),
+        pytest.param(1, 7, 8, 4, True, id="bf16"),
+        pytest.param(3, 1001, 192, None, False, id="large", marks=gpu),
+        pytest.param(3, 1001, 192, 333, False, id="large in chunks", marks=gpu),
+        pytest.param(3, 1001, 192, 333, True, id="large in chunks, bf16", marks=gpu),
+    ],
+)
+def test_stream_and_gradients_meet_the_specification(
+    random_block, relative_error, device, kind, batch, length, d_model, chunk, half
+):
+    branch = random_block(kind, d_model=d_model, states=8).branches[0]
+    stream, weights = torch.randn(batch, length, d_model), torch.randn(batch, length, d_model)
+    keep = torch.arange(1.0, batch + 1) / batch
+    mine, found_in = selftest.leaves(branch, stream, device, torch.float32)
+    theirs, expected_in = selftest.leaves(branch, stream, torch.device("cpu"), torch.float64)
+    rows, exact = found_in["stream"], expected_in["stream"]
+    found = run(mine, rows, keep=keep.to(device), half=half, chunk=chunk)
+    expected = specified(theirs, exact, keep)
+    (found * weights.to(device)).sum().backward()
+    (expected * weights).sum().backward()
+    limit = 8e-2 if half else 1e-5
+    assert relative_error((found - rows).detach().cpu(), (expected - exact).detach()) < limit
+    for name, leaf in found_in.items():
+        assert relative_error(leaf.grad.cpu(), expected_in[name].grad) < limit, name
+
+
+def test_results_do_not_depend_on_the_chunks(random_block, relative_error, device):
+    branch = random_block("v2", d_model=8, states=8).branches[0]
+    stream = torch.randn(1, 13, 8, device=device)
+    results = []
+    for chunk in (13, 6):
+        mine, given = selftest.leaves(branch, stream, device, torch.float32)
+        found = run(mine, given["stream"], chunk=chunk)
+        (found * stream.cos()).sum().backward()
+        results.append({"found": found.detach()} | {n: t.grad for n, t in given.items()})
+    for name, whole in results[0].items():
+        assert relative_error(results[1][name], whole) < 2e-6, name
+
+
+def test_no_tokens(random_block, device):
+    branch = random_block("v2", d_model=8, states=8).branches[0]
+    mine, given = selftest.leaves(branch, torch.zeros(2, 0, 8), device, torch.float32)
+    found = run(mine, given["stream"])
+    found.sum().backward()
+    assert found.shape == given["stream"].grad.shape == (2, 0, 8)
+    assert not mine.in_proj.grad.any()
+
+
+def test_what_is_not_a_number_stays_where_causality_puts_it(random_block, device):
+    branch = random_block("none", d_model=8, states=8).branches[0]
+    stream = torch.randn(1, 9, 8)
+    stream[0, 5] = float("nan")
+    mine, given = selftest.leaves(branch, stream, device, torch.float32)
+    found = run(mine, given["stream"], chunk=4).isnan()
+    assert found[0, 5:].all()
+    assert not found[0, :5].any()
+
+
+def test_the_operator_keeps_torchs_contracts(random_block, device):
+    from gigavim_kernels.cuda import branch as module
+    from gigavim_kernels.cuda.directions import stack
+
+    mine = random_block("v2", d_model=8, states=8).branches[0]
+    d = stack(mine.directions)
+    weights = (mine.norm_weight, mine.in_proj, mine.out_proj, *d.tensors)
+    weights = [w.to(device).contiguous().requires_grad_() for w in weights]
+    stream = torch.randn(1, 5, 8, device=device, requires_grad=True)
+    settings = (1e-5, list(d.reverse), list(d.reverse_conv), False, 3)
+    torch.library.opcheck(module._forward, (stream, None, *weights, *settings))
+
+
+def test_the_check_of_a_machine_passes(device):
+    small = {} if device.type == "cuda" else {"d_model": 8, "states": 8, "length": 20}
+    assert selftest.check_branch(device, **small).ok
+
+
+@pytest.mark.parametrize("kind", ["v2", "layer_pairs"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_gives_what_other_kernels_give(monkeypatch, relative_error, kind, tied):
+    """Plain torch; for tied rates, of which it knows nothing, those of the CPU."""
+    torch.manual_seed(0)
+    config = replace(
+        REGISTRY["vim-nano"], d_model=16, depth=2, bidirectional=kind,
+        divide_out=kind == "v2", grid_hw=(2, 2),
+    )  # fmt: skip
+    encoder = Vim(config)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("_log"):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    tokens = torch.randn(2, 5, 16)
+    gradients = []
+    for add in (encode._add_on_gpu, encode._add_on_cpu if tied else encode._add_plainly):
+        monkeypatch.setattr(encode, "layer_kernel", lambda *_, add=add: encode.LayerKernel(add))
+        encoder.zero_grad()
+        (encode.encode(encoder, tokens, tied=tied) * tokens.cos()).sum().backward()
+        gradients.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, found in gradients[0].items():
+        assert relative_error(found, gradients[1][name]) < 1e-4, name
