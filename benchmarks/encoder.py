@@ -18,8 +18,12 @@ from torch import Tensor, nn
 
 from benchmarks.kernels import machine, median_seconds, table
 from gigavim.engine.images import ImageEncoder
+from gigavim.engine.sequence import TokenSequence
+from gigavim.engine.sweep import sweep_block
 from gigavim.model.registry import REGISTRY
 from gigavim.model.vim import Vim
+from gigavim_kernels.backends import prepare_block
+from gigavim_kernels.block import BlockKernel
 
 PATCH_PX = 16
 SIZES = ((224, 128), (512, 64), (1248, 32), (2048, 8), (4096, 2))
@@ -104,18 +108,41 @@ def compare(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Iterato
 
 
 def long_sequences(lengths: tuple[int, ...], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Vim-Ti over one sequence."""
+    """Vim-Ti over one sequence, swept in chunks as a slide is; the stream counts as memory."""
     model = Vim(REGISTRY["vim-tiny"]).eval()
-    encoder = ImageEncoder(model, device=device, precision="bf16")
+    kernels = [
+        prepare_block(block, device=device, precision="bf16") for block in model.block_weights()
+    ]
     for length in lengths:
-        tokens = torch.randn(1, length, model.config.d_model, device=device)
-        found = measured(encoder.encode, tokens)
-        per_token = 1e9 / found["images/s"] / length
-        yield {
-            "tokens": length,
-            "ns per token and block": per_token / model.config.depth,
-            "bytes per token at the peak": found["peak GB"] * 1e9 / length,
-        }
+        for chunk in (kernels[0].chunk, length) if length > kernels[0].chunk else (length,):
+            found = _swept(kernels, length, model.config.d_model, chunk, device)
+            yield {
+                "tokens": length,
+                "chunk": chunk,
+                "ns per token and block": found["seconds"] / length / len(kernels) * 1e9,
+                "bytes per token at the peak": found["peak"] / length,
+            }
+
+
+def _swept(
+    kernels: list[BlockKernel], length: int, width: int, chunk: int, device: torch.device
+) -> dict[str, float]:
+    """Seconds of a sweep of all blocks and bytes at its peak."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with TokenSequence(length, width, location="device", device=device) as sequence:
+        sequence.rows(0, length).normal_()
+
+        def run() -> None:
+            for kernel in kernels:
+                sweep_block(sequence, kernel, device=device, chunk=chunk)
+
+        seconds = median_seconds(run)
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
+    return {"seconds": seconds, "peak": peak}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

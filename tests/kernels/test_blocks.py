@@ -67,6 +67,17 @@ def test_cpu_block_repeats_bit_for_bit_on_any_number_of_threads(random_block, sw
         assert torch.equal(again, first)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cpu_block_works_in_inference_mode_and_out_of_it(random_block, swept, precision):
+    stream, results = torch.randn(30, 48), []
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            block = random_block("v2", d_model=48)
+            kernel = backends.MAKERS["numba"](block, torch.device("cpu"), precision, 3)
+            results.append(swept(kernel, stream, []).numpy())
+    assert (results[0] == results[1]).all()
+
+
 def test_cpu_block_leaves_torch_threads_alone(random_block, swept):
     before = torch.get_num_threads()
     swept(kernel_of("numba", random_block(), "fp32"), torch.randn(9, 32), [4])

@@ -53,7 +53,9 @@ class Team:
         size = rows * columns
         held = self._buffers.get(name)
         if held is None or held.dtype != dtype or held.numel() < size:
-            held = self._buffers[name] = torch.zeros(size, dtype=dtype)  # touches every page
+            with torch.inference_mode(False):  # the next caller may not be in it
+                held = torch.zeros(size, dtype=dtype)  # touches every page
+            self._buffers[name] = held
         return held[:size].view(rows, columns)
 
 
