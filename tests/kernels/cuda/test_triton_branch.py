@@ -104,7 +104,20 @@ def test_the_operator_keeps_torchs_contracts(random_block, device):
     weights = [w.to(device).contiguous().requires_grad_() for w in weights]
     stream = torch.randn(1, 5, 8, device=device, requires_grad=True)
     settings = (1e-5, list(d.reverse), list(d.reverse_conv), False, 3)
-    torch.library.opcheck(module._forward, (stream, None, *weights, *settings))
+    torch.library.opcheck(module._forward, (stream, None, weights, *settings))
+
+
+def test_autocast_around_it_changes_nothing(random_block, device):
+    branch = random_block("v2", d_model=8, states=8).branches[0]
+    results = []
+    for enabled in (False, True):
+        mine, given = selftest.leaves(branch, torch.randn(1, 5, 8), device, torch.float32)
+        given["stream"].data.fill_(0.3)
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            found = run(mine, given["stream"])
+            found.sum().backward()
+        results.append([found.detach(), *(t.grad for t in given.values())])
+    assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
 def test_the_check_of_a_machine_passes(device):
