@@ -275,10 +275,10 @@ def main() -> None:
     sizes = QUICK if options.quick else FULL
     torch.manual_seed(0)
     parts = {
-        "Errors (bf16 rows are rounded to 8 bits)": (check_sweep, check_huge),
         "Scan, one direction, E 384, N 16, bf16: ns per token": (time_scans,),
         "Scan forward by chunk length: ns per token": (time_chunks,),
         "Block of Vim-Ti, one sequence": (time_block,),
+        "Errors (bf16 rows are rounded to 8 bits)": (check_huge, check_sweep),
     }
     results: dict[str, Any] = {"machine": machine(device), "sizes": asdict(sizes)}
     print(json.dumps(results["machine"], indent=1))
