@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from gigavim.model.heads import LinearHead, SegmentationModel, stitch
+from gigavim.model.heads import LinearHead, stitch
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
