@@ -122,7 +122,7 @@ def mean_probabilities(
     if not head.halo:
         logits = head.decode(gather(torch.arange(first, last))[None, None])[0, 0]
         return logits.softmax(1).mean((2, 3))
-    rows, cols = np.divmod(selection.cells[first:last], selection.index.shape[1])
+    rows = selection.cells[first:last] // selection.index.shape[1]
     found = torch.empty(last - first, head.classes)
     rows_at_once = SEEN_STRIP_PX // head.stride_px or 1
     for top in range(int(rows.min()), int(rows.max()) + 1, rows_at_once):

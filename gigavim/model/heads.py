@@ -136,7 +136,7 @@ class FpnHead(Head):
 
     def decode(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
         """See `Head.decode`."""
-        x, own = features.split([self.width, self.side_width - self.width], -1)
+        x, own = features[..., : self.width], features[..., self.width :]
         mask = None if kept is None else kept[..., None].to(x.dtype)  # (B, rows, cols, 1)
         for level, refine in enumerate(self.refine):
             if level:
@@ -147,10 +147,11 @@ class FpnHead(Head):
             x = refine(x, mask)
         x = _gathered(self.norm(x), self.scale)  # (B, rows, cols, s, s, channels)
         if self.stride_px != self.patch_px:
-            logits = cast(Tensor, self.out(x.flatten(3)))
-            return logits.unflatten(-1, (self.classes, self.patch_px, self.patch_px))
+            logits: Tensor = self.out(x.flatten(3))
+            return logits.reshape(*x.shape[:3], self.classes, self.patch_px, self.patch_px)
         rest = self.stride_px // self.scale
-        cells = cast(Tensor, self.out(x)).unflatten(-1, (self.classes, rest, rest))
+        cells: Tensor = self.out(x)
+        cells = cells.reshape(*x.shape[:5], self.classes, rest, rest)
         laid = cells.permute(0, 1, 2, 5, 3, 6, 4, 7)  # (B, rows, cols, classes, s, r, s, r)
         return laid.flatten(6).flatten(4, 5)
 
@@ -188,7 +189,7 @@ def default_width(config: VimConfig) -> int:
 
 
 def _halvings(stride_px: int) -> int:
-    """How often a stride can be halved and leave cells of at least 2 px, an equal number of each."""
+    """How often a stride can be halved so that cells of at least 2 px are left."""
     count = 0
     while stride_px % 4 == 0:
         stride_px, count = stride_px // 2, count + 1

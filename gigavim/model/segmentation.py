@@ -1,7 +1,5 @@
 """The segmentation model: the encoder and a head."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -74,12 +72,15 @@ class SegmentationModel(nn.Module):
         if order is not None:
             place = torch.argsort(grid_cells(*grid_hw, order)).to(features.device)
             features = features.index_select(1, place)
-        return features.unflatten(1, grid_hw)
+        return features.reshape(len(features), *grid_hw, -1)
 
     def logits(self, grid: Tensor) -> Tensor:
         """Decode a whole grid (B, rows, cols, feature_width): returns (B, classes, H, W)."""
-        patches = cast(Tensor, self.head.decode(grid)).flatten(1, 2)
-        return stitch(patches, (grid.shape[1], grid.shape[2]), self.encoder.config.stride_px)
+        return stitch(
+            self.head.decode(grid).flatten(1, 2),
+            (grid.shape[1], grid.shape[2]),
+            self.encoder.config.stride_px,
+        )
 
 
 class SideSum:

@@ -69,10 +69,9 @@ def encode(
     paired = config.bidirectional == "layer_pairs"
     layers = cast(list[Block], list(encoder.layers))
     blocks = len(layers) // (1 + paired)
-    steps = [
-        layers[i : i + 1 + paired] for i in range(0, blocks * (1 + paired), (1 + paired) * every)
-    ]
-    stream, done = tokens, 0
+    firsts = range(0, blocks * (1 + paired), (1 + paired) * every)
+    steps = [layers[i : i + 1 + paired] for i in firsts]
+    stream = tokens
     if on_stream is not None:
         on_stream(0, stream)
     for place, step in enumerate(steps):
@@ -86,9 +85,9 @@ def encode(
             stream = added(step[0], stream, keep) + flipped
         else:
             stream = added(step[0], stream, keep)
-        for done in range(done + 1, min(done + every, blocks) + 1):
-            if on_stream is not None:
-                on_stream(done, stream)
+        if on_stream is not None:
+            for done in range(place * every, min((place + 1) * every, blocks)):
+                on_stream(done + 1, stream)
     return cast(Tensor, encoder.norm_f(stream))
 
 
