@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from gigavim.model.heads import LinearHead, SegmentationModel, stitch
+from gigavim.model.config import VimConfig
+from gigavim.model.heads import LinearHead, stitch
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
@@ -70,12 +72,12 @@ class DeiTTiny(nn.Module):
             img_size=256, patch_size=patch_px, embed_dim=192, depth=12, num_heads=3, num_classes=0,
             class_token=False, global_pool="", dynamic_img_size=True, drop_path_rate=0.1,
         )  # fmt: skip
-        self.head = LinearHead(192, classes, patch_px)
+        self.head = LinearHead(VimConfig(d_model=192, depth=12, patch_px=patch_px), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to logits (B, classes, H, W)."""
         rows, cols = (side // self.patch_px for side in images.shape[2:])
-        patches = self.head(self.body.forward_features(images))
+        patches = self.head.decode(self.body.forward_features(images))
         return stitch(patches.float(), (rows, cols), self.patch_px)
 
 

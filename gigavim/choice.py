@@ -9,10 +9,10 @@ from gigavim.config import ModelSettings
 from gigavim.errors import ModelError
 from gigavim.frames import length_text
 from gigavim.model.card import ModelCard
-from gigavim.model.checkpoint import load_model
+from gigavim.model.checkpoint import filled, load_model
 
 if TYPE_CHECKING:
-    from gigavim.model.heads import SegmentationModel
+    from gigavim.model.segmentation import SegmentationModel
     from gigavim.slides.base import Slide
 
 log = logging.getLogger(__name__)
@@ -101,20 +101,14 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
     Raises:
         ModelError: the file cannot be read, or its tensors do not fit.
     """
-    from gigavim.model.heads import SegmentationModel
-    from gigavim.model.vim import Vim
-    from gigavim.model.weights import fill, read_safetensors, tie_rates
+    from gigavim.model.weights import read_safetensors
 
     if path.suffix in PICKLED:
         raise ModelError(
             f"{path}: --weights takes a safetensors file, of a whole segmentation model (encoders "
             "of published .pth files: gigavim models import)"
         )
-    model = SegmentationModel(Vim(card.config), len(card.classes))
-    fill(model, read_safetensors(path), source=path)
-    if card.tied_rates:
-        tie_rates(model)
-    return model.eval()
+    return filled(card, read_safetensors(path), path)
 
 
 def default_model(slide: "Slide") -> str:

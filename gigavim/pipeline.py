@@ -23,6 +23,7 @@ from gigavim.engine.memory import parse_bytes
 from gigavim.engine.plan import Plan, plan_sweep
 from gigavim.engine.sequence import TokenSequence
 from gigavim.engine.sweep import sweep
+from gigavim.engine.taps import Taps
 from gigavim.errors import OutputError, SlideError
 from gigavim.model.vim import Vim
 from gigavim.progress import Progress
@@ -59,6 +60,8 @@ class Swept:
     """The sequence after the encoder, its final norm included."""
 
     sequence: TokenSequence
+    side: TokenSequence | None
+    """What the head's taps left of each token, (L, side_width)."""
     unreadable: npt.NDArray[np.bool_]
     """(rows, cols) which tokens lie on pixels that could not be read."""
 
@@ -117,6 +120,7 @@ def prepare(slide: Slide, settings: Settings, *, scratch: Path | None, watch: St
             scratch_dir=scratch,
             threads=threads,
             other_bytes=_other_bytes(grid, readers, settings.tokens.block_px),
+            side_width=choice.model.head.side_width,
         )
     return Job(slide, choice, grid, tissue, selection, device, precision, threads, readers, plan)
 
@@ -126,14 +130,22 @@ def swept(
     job: Job, settings: Settings, scratch: Path, watch: Stopwatch, progress: Progress
 ) -> Iterator[Swept]:
     """Embed the slide's patches and run the encoder over them; the sequence is freed at the end."""
-    encoder = job.choice.model.encoder
-    with TokenSequence(
-        job.plan.tokens,
-        encoder.config.d_model,
-        location=job.plan.location,
-        device=job.device,
-        scratch_dir=scratch,
-    ) as sequence:
+    model = job.choice.model
+    encoder = model.encoder
+
+    def kept(width: int) -> TokenSequence:
+        return TokenSequence(
+            job.plan.tokens,
+            width,
+            location=job.plan.location,
+            device=job.device,
+            scratch_dir=scratch,
+        )
+
+    with ExitStack() as stack:
+        sequence = stack.enter_context(kept(encoder.config.d_model))
+        taps = Taps(model.head, sequence, kept) if model.head.taps else None
+        side = stack.enter_context(taps.side) if taps is not None else None
         with watch.stage("read"):
             unreadable = _embed(job, settings, sequence, progress)
         depth = len(encoder.block_weights())
@@ -146,9 +158,10 @@ def swept(
                 chunk=job.plan.chunk,
                 threads=job.threads,
                 progress=lambda tokens: advance(tokens / depth),
+                on_block=taps,
             )
             _normalise(sequence, encoder)
-        yield Swept(sequence, unreadable)
+        yield Swept(sequence, side, unreadable)
 
 
 def scratch_parent(settings: Settings) -> Path:

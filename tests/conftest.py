@@ -17,7 +17,7 @@ from gigavim.frames import ClassSpec
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import save_model
 from gigavim.model.config import VimConfig
-from gigavim.model.heads import SegmentationModel
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
 
 

@@ -1,8 +1,9 @@
 """Tokens to labels, streamed in strips of the grid's rows.
 
-Each token decodes to the pixels of its patch. Where patches overlap their logits are averaged; a
-strip hands the rows that the next strip's patches still reach to that strip, so the result does not
-depend on how many rows a strip holds.
+A strip is decoded in windows, which see as many of their neighbours as the head wants. Where
+patches overlap their logits are averaged; a strip hands the rows that the next strip's patches
+still reach to that strip. So the result depends neither on how many rows a strip holds nor on how
+many columns a window.
 """
 
 from collections.abc import Iterator
@@ -15,24 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigavim.model.heads import Head
+from gigavim.model.windows import Window, windows
 from gigavim.tokens.grid import TokenGrid, TokenSelection
 
 BATCH_TOKENS = 8192
-
-
-class Decoder(Protocol):
-    """The head of a model."""
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Turn (n, D) float32 encoded tokens into (n, classes, patch, patch) logits."""
-        ...
+STRIP_PX = 64
+"""Height of a strip, about, where tokens are decoded one by one."""
+SEEN_STRIP_PX = 256
+"""Height of a strip where they see their neighbours, which are decoded in vain beyond it."""
+WINDOW_COLS = 64
+OVERLAP_BYTES = 1 << 27
+"""Of the logits of a strip of overlapping patches, where it has more than one row of them."""
 
 
 class Gather(Protocol):
-    """Encoded tokens by their place among the patches of the sequence."""
+    """What the head decodes, by a token's place among the patches of the sequence."""
 
     def __call__(self, index: Tensor) -> Tensor:
-        """(n,) int64 -> (n, D) float32."""
+        """(n,) int64 -> (n, feature_width) float32, where the head is."""
         ...
 
 
@@ -47,24 +49,46 @@ class LabelStrip:
     """How many tokens were decoded for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Some tokens of a strip."""
+
+    row: Tensor
+    """(n,) int64 within the strip."""
+    col: Tensor
+    logits: Tensor
+    """(n, classes, patch, patch)"""
+
+
 def decode_strips(
-    gather: Gather, decoder: Decoder, grid: TokenGrid, selection: TokenSelection, *, classes: int
+    gather: Gather,
+    head: Head,
+    grid: TokenGrid,
+    selection: TokenSelection,
+    *,
+    rows_at_once: int | None = None,
+    cols_at_once: int = WINDOW_COLS,
 ) -> Iterator[LabelStrip]:
     """Yield the label map from top to bottom; pixels of cells that are no tokens have label 0.
 
-    Memory: one strip of at most about 64 map rows across the map, and a batch of logits.
+    Memory: one strip across the map (some 64 map rows, or 256 where the head sees neighbours), and
+    the logits of a window.
+
+    Args:
+        rows_at_once: of the grid, in a strip; chosen if absent.
+        cols_at_once: of the grid, in a window, where the head sees neighbours.
     """
     overlap = grid.patch_px - grid.stride_px
-    # Overlapping patches keep all their logits for a while: one row of cells is enough of them.
-    step = 1 if overlap else max(1, 64 // grid.stride_px)
+    step = rows_at_once or _strip_rows(head, grid)
     carry: Tensor | None = None
     for row in range(0, grid.rows, step):
         index = selection.index[row : row + step]
         last = row + step >= grid.rows
+        strip = _decoded(gather, head, grid, selection, (row, row + len(index)), cols_at_once)
         if overlap:
-            labels, carry = _overlapping(gather, decoder, grid, index, classes, carry, last=last)
+            labels, carry = _overlapping(strip, grid, index.shape, head.classes, carry, last=last)
         else:
-            labels = _adjacent(gather, decoder, grid, index)
+            labels = _adjacent(strip, grid, index.shape)
         y = row * grid.stride_px
         if y >= grid.frame.height_px:  # what is left only fills the last blocks
             return
@@ -72,38 +96,100 @@ def decode_strips(
         yield LabelStrip(y, labels, int((index >= 0).sum()))
 
 
-def _batches(gather: Gather, decoder: Decoder, slots: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Logits (n, classes, patch, patch) of tokens, a batch at a time."""
-    for start in range(0, len(slots), BATCH_TOKENS):
-        batch = slice(start, start + BATCH_TOKENS)
-        yield batch, decoder(gather(slots[batch]))
+def decode_window(
+    gather: Gather, head: Head, selection: TokenSelection, window: Window
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode the tokens of a window.
+
+    Returns:
+        Rows and columns of its tokens within it, (n,) int64, and (n, classes, patch, patch) logits.
+    """
+    index = torch.from_numpy(selection.index[window.seen].astype(np.int64))
+    kept = index >= 0
+    features = gather(index[kept])
+    seen = features.new_zeros(*index.shape, features.shape[1])
+    place = kept.to(features.device)
+    seen[place] = features
+    logits = head.decode(seen[None], place[None])[0, *window.inner]
+    row, col = torch.nonzero(kept[window.inner], as_tuple=True)
+    return row, col, logits[row.to(logits.device), col.to(logits.device)]
 
 
-def _kept(index: npt.NDArray[np.integer]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns within the strip, and places in the sequence, of its tokens."""
-    row, col = np.nonzero(index >= 0)
-    slots = index[row, col].astype(np.int64)
-    return torch.from_numpy(row), torch.from_numpy(col), torch.from_numpy(slots)
+def mean_probabilities(
+    gather: Gather, head: Head, selection: TokenSelection, first: int, last: int
+) -> Tensor:
+    """Class probabilities, the mean over its patch, of the tokens first..last-1: (n, classes)."""
+    if not head.halo:
+        logits = head.decode(gather(torch.arange(first, last))[None, None])[0, 0]
+        return logits.softmax(1).mean((2, 3))
+    rows = selection.cells[first:last] // selection.index.shape[1]
+    found = torch.empty(last - first, head.classes)
+    rows_at_once = SEEN_STRIP_PX // head.stride_px or 1
+    for top in range(int(rows.min()), int(rows.max()) + 1, rows_at_once):
+        strip = (top, min(top + rows_at_once, selection.index.shape[0]))
+        for window in windows(
+            strip, selection.index.shape, halo=head.halo, cols_at_once=WINDOW_COLS
+        ):
+            place = selection.index[window.core]
+            if ((place >= first) & (place < last)).any():
+                row, col, logits = decode_window(gather, head, selection, window)
+                own = torch.from_numpy(place.astype(np.int64))[row, col] - first
+                asked = (own >= 0) & (own < last - first)
+                found[own[asked]] = logits.softmax(1).mean((2, 3)).float().cpu()[asked]
+    return found
+
+
+def _strip_rows(head: Head, grid: TokenGrid) -> int:
+    """How many rows of the grid make a strip."""
+    if grid.patch_px == grid.stride_px:
+        return max(1, (SEEN_STRIP_PX if head.halo else STRIP_PX) // grid.stride_px)
+    if not head.halo:
+        return 1  # overlapping patches keep all their logits for a while: one row is enough of them
+    row_bytes = head.classes * grid.patch_px**2 * grid.cols * 4
+    return int(np.clip(OVERLAP_BYTES // row_bytes, 1, 8))
+
+
+def _decoded(
+    gather: Gather,
+    head: Head,
+    grid: TokenGrid,
+    selection: TokenSelection,
+    rows: tuple[int, int],
+    cols_at_once: int,
+) -> Iterator[Decoded]:
+    """Logits of the tokens of a strip, some at a time."""
+    index = selection.index[slice(*rows)]
+    if not head.halo:
+        places = np.nonzero(index >= 0)
+        slots = torch.from_numpy(index[places].astype(np.int64))
+        row, col = (torch.from_numpy(place) for place in places)
+        for start in range(0, len(slots), BATCH_TOKENS):
+            part = slice(start, start + BATCH_TOKENS)
+            logits = head.decode(gather(slots[part])[None, None])[0, 0]
+            yield Decoded(row[part], col[part], logits)
+        return
+    for window in windows(rows, (grid.rows, grid.cols), halo=head.halo, cols_at_once=cols_at_once):
+        if (selection.index[window.core] >= 0).any():
+            row, col, logits = decode_window(gather, head, selection, window)
+            yield Decoded(row, col + window.left, logits)
 
 
 def _adjacent(
-    gather: Gather, decoder: Decoder, grid: TokenGrid, index: npt.NDArray[np.integer]
+    strip: Iterator[Decoded], grid: TokenGrid, shape: tuple[int, ...]
 ) -> npt.NDArray[np.uint8]:
-    """Labels of a strip whose patches do not overlap: each token's own winner."""
+    """Labels of a strip of (rows, cols) whose patches do not overlap: each token's own winner."""
+    rows, cols = shape
     patch = grid.patch_px
-    strip = torch.zeros(index.shape[0], index.shape[1], patch, patch, dtype=torch.uint8)
-    row, col, slots = _kept(index)
-    for batch, logits in _batches(gather, decoder, slots):
-        strip[row[batch], col[batch]] = _winners(logits, 1).cpu()
-    rows = strip.permute(0, 2, 1, 3)  # (rows, patch, cols, patch)
-    return rows.reshape(index.shape[0] * patch, index.shape[1] * patch).numpy()
+    cells = torch.zeros(rows, cols, patch, patch, dtype=torch.uint8)
+    for part in strip:
+        cells[part.row, part.col] = _winners(part.logits, 1).cpu()
+    return cells.permute(0, 2, 1, 3).reshape(rows * patch, cols * patch).numpy()
 
 
 def _overlapping(
-    gather: Gather,
-    decoder: Decoder,
+    strip: Iterator[Decoded],
     grid: TokenGrid,
-    index: npt.NDArray[np.integer],
+    shape: tuple[int, ...],
     classes: int,
     carry: Tensor | None,
     *,
@@ -115,14 +201,12 @@ def _overlapping(
     """
     patch, stride = grid.patch_px, grid.stride_px
     overlap = patch - stride
-    rows, cols = index.shape
+    rows, cols = shape
     height, width = rows * stride + overlap, cols * stride + overlap
-    sums = torch.zeros(classes, height, width)
-    row, col, slots = _kept(index)
     dense = torch.zeros(classes * patch * patch, rows * cols)
-    for batch, logits in _batches(gather, decoder, slots):
-        dense[:, row[batch] * cols + col[batch]] = logits.flatten(1).T.cpu()
-    sums += F.fold(dense[None], (height, width), patch, stride=stride)[0]
+    for part in strip:
+        dense[:, part.row * cols + part.col] = part.logits.flatten(1).T.float().cpu()
+    sums = F.fold(dense[None], (height, width), patch, stride=stride)[0]
     if carry is not None:
         sums[:, :overlap] += carry
     done = height if last else height - overlap

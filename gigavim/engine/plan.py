@@ -42,6 +42,7 @@ class Plan:
     tokens: int
     blocks: int
     width: int
+    """Numbers kept of a token, those for the head among them."""
     chunk: int
     """Tokens per step."""
     location: Location
@@ -85,6 +86,7 @@ def plan_sweep(
     chunk: int | None = None,
     threads: int | None = None,
     other_bytes: int = 0,
+    side_width: int = 0,
     estimate: bool = True,
 ) -> Plan:
     """Choose where the stream lives and the chunk length, within the memory allowed.
@@ -99,6 +101,7 @@ def plan_sweep(
         scratch_dir: for the scratch file; the system's temporary folder if absent.
         chunk: tokens per step at most; the kernel's choice if absent.
         other_bytes: RAM that other stages hold at the same time (decoded pixels, masks, maps).
+        side_width: numbers per token that are kept beside the stream, where it is kept.
         estimate: time one block on a few thousand random tokens to tell how long it will take.
 
     Raises:
@@ -107,11 +110,13 @@ def plan_sweep(
     device = torch.device(device)
     kernel = prepare_block(blocks[0], device=device, precision=precision, threads=threads)
     width = blocks[0].branches[0].in_proj.shape[1]
-    stream = length * width * 4
+    stream = length * (width + side_width) * 4
     ram_budget = memory.memory_budget(max_memory_bytes)
     process = PROCESS_BYTES + _weight_bytes(blocks)
     ram = max(process, memory.resident_bytes()) + other_bytes
-    on_disk = min(stream, MAPPED_BYTES)  # RAM taken by the stream at least
+    on_disk = min(
+        stream, MAPPED_BYTES * (2 if side_width else 1)
+    )  # RAM taken by the stream at least
 
     chunk = chunk or kernel.chunk
     if device.type == "cpu":
@@ -134,11 +139,11 @@ def plan_sweep(
     seconds = None
     if estimate:
         seconds = estimate_seconds(length, len(blocks), kernel, width, device=device, chunk=chunk)
-        seconds += _transfer_seconds(stream * PASSES * len(blocks), location, device)
+        seconds += _transfer_seconds(length * width * 4 * PASSES * len(blocks), location, device)
     return Plan(
         tokens=length,
         blocks=len(blocks),
-        width=width,
+        width=width + side_width,
         chunk=chunk,
         location=location,
         device=str(device),

@@ -29,6 +29,7 @@ def sweep(
     chunk: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    on_block: Callable[[int], None] | None = None,
 ) -> None:
     """Run the blocks over the sequence in place, one after the other.
 
@@ -37,11 +38,15 @@ def sweep(
             changes the result by rounding only.
         threads: CPU threads; all if absent.
         progress: called after each chunk; the numbers add up to tokens x blocks.
+        on_block: called with the number of blocks done, 0 at first, while the sequence holds what
+            they left.
 
     Raises:
         ModelError: the stream is no longer finite after a block (see `sweep_block`).
     """
     device = torch.device(device)
+    on_block = on_block or (lambda done: None)
+    on_block(0)
     for i, block in enumerate(blocks):
         kernel = prepare_block(block, device=device, precision=precision, threads=threads)
         if not sweep_block(sequence, kernel, device=device, chunk=chunk, progress=progress):
@@ -49,6 +54,7 @@ def sweep(
                 f"block {i} of {len(blocks)}: the numbers are no longer finite: the weights are "
                 f"damaged, or do not bear the precision {precision}: try fp32, or fetch them again"
             )
+        on_block(i + 1)
 
 
 @torch.no_grad()

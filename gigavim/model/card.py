@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gigavim.errors import ModelError, SettingsError
 from gigavim.frames import ClassSpec
-from gigavim.model.config import VimConfig
+from gigavim.model.config import HeadKind, VimConfig
 from gigavim.tokens.order import ScanOrder
 
 CARD_NAME = "card.json"
@@ -45,7 +45,10 @@ class ModelCard(_Strict):
     name: Annotated[str, Field(min_length=1)]
     description: str
     config: VimConfig
-    head: Literal["linear"] = "linear"
+    head: HeadKind = "linear"
+    """What turns tokens into pixels."""
+    head_width: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Channels of the head, where it has a choice; 0 is the default of its kind."""
     tied_rates: bool = False
     """The decay rates of a channel's states are in the ratio 1 : 2 : ... : N, which loading
     restores exactly."""

@@ -12,7 +12,9 @@ from gigavim.errors import ModelError, OutputError
 from gigavim.model.card import CARD_NAME, WEIGHTS_NAME, ModelCard, read_card
 
 if TYPE_CHECKING:
-    from gigavim.model.heads import SegmentationModel
+    from torch import Tensor
+
+    from gigavim.model.segmentation import SegmentationModel
 
 
 def list_models() -> dict[str, ModelCard]:
@@ -36,20 +38,28 @@ def load_model(name_or_path: str | Path) -> tuple["SegmentationModel", ModelCard
         ModelError: unknown name, invalid card, weights that are not those of the card or that do
             not fit its configuration.
     """
-    from gigavim.model.heads import SegmentationModel
-    from gigavim.model.vim import Vim
-    from gigavim.model.weights import fill, read_safetensors, tie_rates
+    from gigavim.model.weights import read_safetensors
 
     folder = _model_folder(name_or_path)
     card = read_card(folder / CARD_NAME)
     weights = folder / WEIGHTS_NAME
     _check_sha256(weights, card)
     state = read_safetensors(weights)
-    model = SegmentationModel(Vim(card.config), len(card.classes))
-    fill(model, state, source=weights)
+    return filled(card, state, weights), card
+
+
+def filled(card: ModelCard, state: dict[str, "Tensor"], source: Path) -> "SegmentationModel":
+    """Make the model of a card with the weights of a file; `ModelError` where they do not fit."""
+    from gigavim.model.segmentation import SegmentationModel
+    from gigavim.model.vim import Vim
+    from gigavim.model.weights import fill, tie_rates
+
+    encoder = Vim(card.config)
+    model = SegmentationModel(encoder, len(card.classes), card.head, card.head_width)
+    fill(model, state, source=source)
     if card.tied_rates:
         tie_rates(model)
-    return model.eval(), card
+    return model.eval()
 
 
 def save_model(
@@ -74,6 +84,8 @@ def save_model(
 
     if model.encoder.config != card.config:
         raise ModelError(f"{folder}: the card's config is not that of the model")
+    if (model.head_kind, model.head_width) != (card.head, card.head_width):
+        raise ModelError(f"{folder}: the card's head is not that of the model")
     if model.head.classes != len(card.classes):
         raise ModelError(
             f"{folder}: the card names {len(card.classes)} classes, "

@@ -1,69 +1,222 @@
-"""The segmentation model: the encoder, and a head that turns each token into its patch's pixels."""
+"""Heads: encoded tokens to the logits of every pixel of their patches.
 
-from typing import cast
+A head may also read what layers in between say of a token (its taps), and the neighbours of a token
+on the grid. Both are said here, so that whatever runs a model, over a picture or strip by strip
+over a slide, gives it the same numbers:
 
-import torch
+- `side` is what the taps leave of a token: numbers that are added up while the blocks run;
+- `features` joins it to the final-normed token;
+- `decode` turns a window of the grid into logits. Of a window's tokens, those further than `halo`
+  from its sides do not depend on where the grid was cut. Cells that are no tokens are to
+  their neighbours what the outside of the grid is: nothing.
+"""
+
+from typing import cast, get_args
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigavim.errors import ModelError
-from gigavim.model.sequence import without_class_tokens
-from gigavim.model.vim import Vim, grid_cells
-from gigavim.tokens.order import ScanOrder
+from gigavim.model.block import RMSNorm
+from gigavim.model.config import HeadKind, VimConfig
+
+DETAIL_FLOATS = 128
+"""Numbers of a token's own pixels that the decoder sees at its finest level."""
 
 
-class LinearHead(nn.Module):
+class Head(nn.Module):
+    """What all heads have in common.
+
+    Args:
+        config: of the encoder.
+        classes: of the logits.
+    """
+
+    taps: tuple[int, ...] = ()
+    """How many blocks the stream has passed where the head reads it; 0 is before the first."""
+    side_width: int = 0
+    """Numbers that the taps leave of a token."""
+    halo: int = 0
+    """How many neighbours away, on the grid, a token still matters."""
+
+    def __init__(self, config: VimConfig, classes: int) -> None:
+        super().__init__()
+        self.classes, self.patch_px, self.stride_px = classes, config.patch_px, config.stride_px
+        self.feature_width = config.d_model
+
+    def side(self, place: int, stream: Tensor) -> Tensor:
+        """What the tap at `place` blocks adds: a stream (..., D) to (..., side_width)."""
+        raise NotImplementedError
+
+    def features(self, encoded: Tensor, side: Tensor | None) -> Tensor:
+        """Join final-normed tokens (..., D) and the sum of the taps: (..., feature_width)."""
+        return encoded
+
+    def decode(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Decode a window of the grid.
+
+        Args:
+            features: (B, rows, cols, feature_width), zero where no token is.
+            kept: (B, rows, cols) bool, where tokens are; everywhere if absent.
+
+        Returns:
+            (B, rows, cols, classes, patch_px, patch_px) logits.
+        """
+        raise NotImplementedError
+
+
+class LinearHead(Head):
     """One linear map from a final-normed token to the logits of every pixel of its patch."""
 
-    def __init__(self, d_model: int, classes: int, patch_px: int) -> None:
-        super().__init__()
-        self.classes, self.patch_px = classes, patch_px
-        self.linear = nn.Linear(d_model, classes * patch_px**2)
+    def __init__(self, config: VimConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        self.linear = nn.Linear(config.d_model, classes * config.patch_px**2)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Decode tokens (..., D): returns logits (..., classes, patch_px, patch_px)."""
-        logits: Tensor = self.linear(tokens)
-        return logits.reshape(*tokens.shape[:-1], self.classes, self.patch_px, self.patch_px)
+    def decode(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See `Head.decode`; any leading dimensions will do."""
+        logits: Tensor = self.linear(features)
+        return logits.reshape(*features.shape[:-1], self.classes, self.patch_px, self.patch_px)
 
 
-class SegmentationModel(nn.Module):
-    """Encoder and head; what `gigavim.model.load_model` returns."""
+class FpnHead(Head):
+    """A light decoder: layers in between are summed, then refined while tokens become pixels.
 
-    def __init__(self, encoder: Vim, classes: int) -> None:
+    Four layers and the last are projected to `width` channels and added, as the lateral connections
+    of a feature pyramid are (Lin et al. 2017; a plain encoder has one scale). Then, by turns,
+    convolutions over neighbours and a doubling of the scale at half the channels, down to cells of
+    2 px (or of an odd part of the stride), where the token's own pixels, read before the first
+    block, come in once more.
+    """
+
+    def __init__(self, config: VimConfig, classes: int, width: int = 0) -> None:
+        super().__init__(config, classes)
+        d_model, blocks = config.d_model, config.depth
+        if config.bidirectional == "layer_pairs":
+            blocks //= 2
+        levels = _halvings(config.stride_px)
+        self.width = width or default_width(config)
+        if self.width % 2**levels:
+            raise ModelError(f"a head of {self.width} channels cannot be halved {levels} times")
+        self.scale = 2**levels
+        self.detail = max(2, DETAIL_FLOATS // self.scale**2)
+        self.taps = tuple(sorted({round(blocks * k / 4) for k in range(4)}))
+        self.side_width = self.feature_width = self.width + self.scale**2 * self.detail
+        self.halo = -(-2 * sum(2 ** (levels - k) for k in range(levels + 1)) // self.scale)
+        self.norms = nn.ModuleList(RMSNorm(d_model, config.norm_eps) for _ in self.taps)
+        self.laterals = nn.ModuleList(
+            nn.Linear(d_model, self.width if place else self.side_width, bias=False)
+            for place in self.taps
+        )
+        self.last = nn.Linear(d_model, self.width, bias=False)
+        channels = [self.width >> k for k in range(levels + 1)]
+        self.refine = nn.ModuleList(Refine(c, config.norm_eps) for c in channels)
+        self.grow = nn.ModuleList(nn.Linear(c, 2 * c, bias=False) for c in channels[:-1])
+        fine = channels[-1]
+        self.mix = nn.Linear(self.detail, fine, bias=False)
+        self.norm = RMSNorm(fine, config.norm_eps)
+        if self.stride_px == self.patch_px:
+            self.out = nn.Linear(fine, classes * (self.stride_px // self.scale) ** 2)
+        else:
+            self.out = nn.Linear(fine * self.scale**2, classes * self.patch_px**2)
+        nn.init.zeros_(self.out.bias)
+
+    def side(self, place: int, stream: Tensor) -> Tensor:
+        """See `Head.side`."""
+        index = self.taps.index(place)
+        lateral = cast(Tensor, self.laterals[index](self.norms[index](stream)))
+        return F.pad(lateral, (0, self.side_width - lateral.shape[-1]))
+
+    def features(self, encoded: Tensor, side: Tensor | None) -> Tensor:
+        """See `Head.features`."""
+        assert side is not None
+        last = cast(Tensor, self.last(encoded))
+        return side + F.pad(last, (0, self.side_width - self.width))
+
+    def decode(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See `Head.decode`."""
+        x, own = features[..., : self.width], features[..., self.width :]
+        mask = None if kept is None else kept[..., None].to(x.dtype)  # (B, rows, cols, 1)
+        for level, refine in enumerate(self.refine):
+            if level:
+                x = _spread(self.grow[level - 1](x), 2)
+                mask = None if mask is None else _repeat(mask, 2)
+            if level == len(self.refine) - 1:
+                x = x + self.mix(_spread(own, self.scale))
+            x = refine(x, mask)
+        x = _gathered(self.norm(x), self.scale)  # (B, rows, cols, s, s, channels)
+        if self.stride_px != self.patch_px:
+            logits: Tensor = self.out(x.flatten(3))
+            return logits.reshape(*x.shape[:3], self.classes, self.patch_px, self.patch_px)
+        rest = self.stride_px // self.scale
+        cells: Tensor = self.out(x)
+        cells = cells.reshape(*x.shape[:5], self.classes, rest, rest)
+        laid = cells.permute(0, 1, 2, 5, 3, 6, 4, 7)  # (B, rows, cols, classes, s, r, s, r)
+        return laid.flatten(6).flatten(4, 5)
+
+
+class Refine(nn.Module):
+    """x + conv(gelu(conv(norm(x)))), 3 x 3 each, on (B, rows, cols, channels)."""
+
+    def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.head = LinearHead(encoder.config.d_model, classes, encoder.config.patch_px)
+        self.norm = RMSNorm(channels, eps)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
-    def forward(
-        self,
-        images: Tensor,
-        order: ScanOrder | None = None,
-        *,
-        origin_um: tuple[float, float] = (0.0, 0.0),
-    ) -> Tensor:
-        """Segment normalised images (B, 3, H, W): returns logits (B, classes, H, W).
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Refine; outside the mask (B, rows, cols, 1) everything stays zero."""
+        inner = F.gelu(_convolved(self.first, self.norm(x)))
+        if mask is None:
+            return x + _convolved(self.second, inner)
+        return x + _convolved(self.second, inner * mask) * mask
 
-        Args:
-            images: float; H and W are patch_px plus a multiple of stride_px.
-            order: how the patches stand in the sequence; row by row if absent.
-            origin_um: (x, y) of the image's corner, for "sincos" positions; random in training.
-        """
-        config = self.encoder.config
-        sides = images.shape[-2:]
-        if any(s < config.patch_px or (s - config.patch_px) % config.stride_px for s in sides):
-            raise ModelError(
-                f"images of {sides[1]} x {sides[0]} px do not fit patches of {config.patch_px} px "
-                f"every {config.stride_px} px: pad or crop them"
-            )
-        rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in sides)
-        encoded = self.encoder.encode(self.encoder.tokens(images, order=order, origin_um=origin_um))
-        patches = without_class_tokens(encoded, config.class_token)  # (B, rows * cols, D)
-        if order is not None:
-            place = torch.argsort(grid_cells(rows, cols, order)).to(patches.device)
-            patches = patches[:, place]
-        return stitch(cast(Tensor, self.head(patches)), (rows, cols), config.stride_px)
+
+def make_head(kind: HeadKind, config: VimConfig, classes: int, width: int = 0) -> Head:
+    """Make a head of a kind; `width` 0 is its default. Raises `ModelError` for other kinds."""
+    match kind:
+        case "linear":
+            return LinearHead(config, classes)
+        case "fpn":
+            return FpnHead(config, classes, width)
+    raise ModelError(f"no head is called {kind!r}: there are {', '.join(get_args(HeadKind))}")
+
+
+def default_width(config: VimConfig) -> int:
+    """Channels of a decoder over an encoder: half of its own, in steps of 32, at least 32."""
+    return max(32, config.d_model // 2 // 32 * 32)
+
+
+def _halvings(stride_px: int) -> int:
+    """How often a stride can be halved so that cells of at least 2 px are left."""
+    count = 0
+    while stride_px % 4 == 0:
+        stride_px, count = stride_px // 2, count + 1
+    return count
+
+
+def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of (B, rows, cols, channels), which torch calls channels last."""
+    return cast(Tensor, conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+
+def _spread(x: Tensor, factor: int) -> Tensor:
+    """(B, rows, cols, f * f * c) to (B, rows * f, cols * f, c)."""
+    batch, rows, cols, _ = x.shape
+    cells = x.reshape(batch, rows, cols, factor, factor, -1).transpose(2, 3)
+    return cells.reshape(batch, rows * factor, cols * factor, -1)
+
+
+def _gathered(x: Tensor, factor: int) -> Tensor:
+    """(B, rows * f, cols * f, c) to (B, rows, cols, f, f, c)."""
+    batch, rows, cols, channels = x.shape
+    cells = x.reshape(batch, rows // factor, factor, cols // factor, factor, channels)
+    return cells.transpose(2, 3)
+
+
+def _repeat(mask: Tensor, factor: int) -> Tensor:
+    return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
 def stitch(patches: Tensor, grid_hw: tuple[int, int], stride_px: int) -> Tensor:

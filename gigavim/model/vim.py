@@ -1,5 +1,6 @@
 """Vim: images to one token sequence, through the blocks, to features and logits."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -23,6 +24,9 @@ from gigavim.model.position import (
 from gigavim.model.sequence import class_slots, insert_class_tokens
 from gigavim.tokens.order import ScanOrder, scan_cells
 from gigavim_kernels.weights import BlockWeights
+
+OnStream = Callable[[int, Tensor], None]
+"""Told how many blocks are done, and the stream (B, L, D) then."""
 
 
 class LayerTap(NamedTuple):
@@ -148,24 +152,35 @@ class Vim(nn.Module):
             own = own + split_table(self.pos_embed, self.config.class_token)[1]
         return own
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Run the blocks and the final norm over sequences (B, L, D): returns (B, L, D)."""
-        return self._run(tokens, None)
+    def encode(self, tokens: Tensor, *, on_stream: OnStream | None = None) -> Tensor:
+        """Run the blocks and the final norm over sequences (B, L, D): returns (B, L, D).
+
+        Args:
+            on_stream: called with 0 and the tokens, then with the number of blocks done and the
+                stream (B, L, D) after each; "layer_pairs" are one block.
+        """
+        return self._run(tokens, None, on_stream)
 
     def encode_with_taps(self, tokens: Tensor) -> tuple[Tensor, list[LayerTap]]:
         """Do as `encode` does and return what every layer saw and added."""
         taps: list[LayerTap] = []
-        return self._run(tokens, taps), taps
+        return self._run(tokens, taps, None), taps
 
-    def _run(self, stream: Tensor, taps: list[LayerTap] | None) -> Tensor:
+    def _run(
+        self, stream: Tensor, taps: list[LayerTap] | None, on_stream: OnStream | None
+    ) -> Tensor:
+        notify: OnStream = on_stream or (lambda place, stream: None)
+        notify(0, stream)
         if self.config.bidirectional == "layer_pairs":
-            for first, second in self._pairs():
+            for place, (first, second) in enumerate(self._pairs()):
                 along = self._branch(first, stream, taps)
                 against = self._branch(second, stream.flip(1), taps).flip(1)
                 stream = 2 * stream + along + against
+                notify(place + 1, stream)
         else:
-            for layer in self.layers:
+            for place, layer in enumerate(self.layers):
                 stream = stream + self._branch(layer, stream, taps)
+                notify(place + 1, stream)
         return cast(Tensor, self.norm_f(stream))
 
     def _branch(self, layer: nn.Module, stream: Tensor, taps: list[LayerTap] | None) -> Tensor:

@@ -10,7 +10,7 @@ import zarr
 from torch import Tensor
 
 from gigavim.config import Settings
-from gigavim.engine.decode import decode_strips
+from gigavim.engine.decode import Gather, decode_strips, mean_probabilities
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
 from gigavim.outputs.atomic import explained
@@ -66,9 +66,7 @@ def build_store(
 
 def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> None:
     grid, model, frame = job.grid, job.choice.model, job.grid.frame
-    sequence, home = run.sequence, run.sequence.device
-    count, kind = len(job.selection), model.encoder.config.class_token
-    head = model.head.to(home)
+    count = len(job.selection)
     labels = LabelStore.create(
         folder,
         height=frame.height_px,
@@ -78,22 +76,28 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> Non
         lasting=True,
     )
 
-    def gather(index: Tensor) -> Tensor:
-        return sequence.gather(patch_slots(index, count, kind))
-
-    def decoder(tokens: Tensor) -> Tensor:
-        logits: Tensor = head(tokens)
-        return logits
-
-    classes = len(job.choice.card.classes)
+    gather, head = _features(job, run), model.head.to(run.sequence.device)
     with torch.inference_mode(), progress.stage("decode", count, "tokens") as advance:
-        for strip in decode_strips(gather, decoder, grid, job.selection, classes=classes):
+        for strip in decode_strips(gather, head, grid, job.selection):
             labels.write_rows(strip.y, strip.labels)
             advance(strip.tokens)
     labels.flush()
     coverage = np.where(job.selection.index >= 0, Coverage.PREDICTED, Coverage.SKIPPED)
     coverage[run.unreadable] = Coverage.UNREADABLE
     labels.write_coverage(0, 0, coverage.astype(np.uint8))
+
+
+def _features(job: Job, run: Swept) -> Gather:
+    """What the head decodes, by a token's place among the patches."""
+    count, kind = len(job.selection), job.choice.model.encoder.config.class_token
+    head = job.choice.model.head.to(run.sequence.device)
+
+    def gather(index: Tensor) -> Tensor:
+        slots = patch_slots(index, count, kind)
+        side = None if run.side is None else run.side.gather(slots)
+        return head.features(run.sequence.gather(slots), side)
+
+    return gather
 
 
 def _write_pictures(root: zarr.Group, job: Job, *, with_thumbnail: bool) -> None:
@@ -110,9 +114,14 @@ def _write_embeddings(
     root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress
 ) -> tuple[int, ...]:
     model, grid = job.choice.model, job.grid
+    gather, head = _features(job, run), model.head
+
+    def probabilities(first: int, last: int) -> Tensor:
+        return mean_probabilities(gather, head, job.selection, first, last)
+
     writer = TokenWriter(
         root, run.sequence, model, grid, job.selection, dtype=content.dtype,
-        probabilities=content.probabilities,
+        probabilities=probabilities if content.probabilities else None,
     )  # fmt: skip
     pools = layout.pool_factors(grid.rows, grid.cols)
     write_index(root, job.selection.index)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gigavim.engine.sequence import TokenSequence
 from gigavim.errors import OutputError
-from gigavim.model.heads import SegmentationModel
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.sequence import class_slots, patch_slots
 from gigavim.outputs.labels import windows
 from gigavim.store import layout
@@ -29,10 +29,11 @@ class TokenWriter:
     Args:
         root: the store's root, without token arrays.
         sequence: encoded, final norm included, (L, D).
-        model: tells where class tokens are; its head gives the probabilities.
+        model: tells where class tokens are, and how many classes there are.
         grid: of the tokens. selection: which of its cells they are.
         dtype: of the stored embeddings.
-        probabilities: store the classes' shares of each patch too.
+        probabilities: gives the classes' shares (n, classes) of the patches first to last - 1,
+            which are then stored too.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class TokenWriter:
         selection: TokenSelection,
         *,
         dtype: layout.EmbeddingType,
-        probabilities: bool,
+        probabilities: Callable[[int, int], Tensor] | None,
     ) -> None:
         self.root, self.grid, self.selection, self.dtype = root, grid, selection, dtype
         self.arrays = layout.TokenArrays(len(selection), sequence.width, dtype)
         self._sequence, self._kind = sequence, model.encoder.config.class_token
-        self._head = model.head.to(sequence.device) if probabilities else None
+        self._probabilities = probabilities
         self._classes = model.head.classes
 
     def slots(self, places: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class TokenWriter:
         Raises:
             OutputError: a number does not fit float16.
         """
-        classes = self._classes if self._head is not None else None
+        classes = self._classes if self._probabilities is not None else None
         layout.create_tokens(self.root, self.arrays, classes=classes)
         total = np.zeros(self.arrays.width)
         with Behind() as behind:
@@ -87,9 +88,8 @@ class TokenWriter:
             batch = slice(first - start, last - start)
             embeddings[batch] = as_stored(tokens, self.dtype)
             total += tokens.sum(0).double().cpu().numpy()
-            if self._head is not None:
-                logits = self._head(tokens)  # (n, classes, P, P)
-                shares[batch] = logits.softmax(1).mean((2, 3)).cpu().numpy()
+            if self._probabilities is not None:
+                shares[batch] = self._probabilities(first, last).cpu().numpy()
         behind.do(lambda: self._put_shard(slice(start, stop), embeddings, shares))
         return total
 
@@ -106,7 +106,7 @@ class TokenWriter:
         self, rows: slice, embeddings: npt.NDArray[Any], shares: npt.NDArray[Any]
     ) -> None:
         put(self.root, "tokens/embeddings", rows, embeddings)
-        if self._head is not None:
+        if self._probabilities is not None:
             put(self.root, "tokens/probabilities", rows, shares)
         row, col = np.divmod(self.selection.cells[rows], self.grid.cols)
         put(self.root, "tokens/row_col", rows, np.stack([row, col], 1).astype(np.int32))

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gigavim.model.block import Block
-from gigavim.model.vim import Vim
+from gigavim.model.vim import OnStream, Vim
 from gigavim_kernels.backends import backend_name
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def encode(
     generator: Generator | None = None,
     recompute: bool = False,
     tied: bool = False,
+    on_stream: OnStream | None = None,
 ) -> Tensor:
     """Return what `encoder.encode` returns for sequences (B, L, D), with gradients.
 
@@ -54,6 +55,7 @@ def encode(
             backward pass; GPUs always do.
         tied: keep the decay rates of a channel's states in the ratio 1 : 2 : ... : N, which CPUs
             scan much faster; on a CPU they are always kept so.
+        on_stream: as of `encoder.encode`; what layers are left out is not skipped in its count.
     """
     config = encoder.config
     kernel = layer_kernel(tokens.device, config.d_state, config.d_model)
@@ -66,8 +68,12 @@ def encode(
 
     paired = config.bidirectional == "layer_pairs"
     layers = cast(list[Block], list(encoder.layers))
-    steps = [layers[i : i + 1 + paired] for i in range(0, len(layers), (1 + paired) * every)]
+    blocks = len(layers) // (1 + paired)
+    firsts = range(0, blocks * (1 + paired), (1 + paired) * every)
+    steps = [layers[i : i + 1 + paired] for i in firsts]
     stream = tokens
+    if on_stream is not None:
+        on_stream(0, stream)
     for place, step in enumerate(steps):
         rate = drop_path * place / max(1, len(steps) - 1)
         keep = None
@@ -79,6 +85,9 @@ def encode(
             stream = added(step[0], stream, keep) + flipped
         else:
             stream = added(step[0], stream, keep)
+        if on_stream is not None:
+            for done in range(place * every, min((place + 1) * every, blocks)):
+                on_stream(done + 1, stream)
     return cast(Tensor, encoder.norm_f(stream))
 
 

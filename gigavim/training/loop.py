@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from gigavim.errors import ModelError, SettingsError
-from gigavim.model.heads import SegmentationModel, stitch
-from gigavim.model.vim import grid_cells
+from gigavim.model.segmentation import SegmentationModel, SideSum
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
 from gigavim.training.losses import segmentation_loss
@@ -121,6 +120,7 @@ def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
     def forward(images: Tensor, every: int, generator: Generator | None) -> Tensor:
         rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in images.shape[2:])
         tokens = model.encoder.tokens(images, order=order)
+        taps = SideSum(model)
         encoded = encode(
             model.encoder,
             tokens,
@@ -129,10 +129,9 @@ def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
             generator=generator,
             recompute=len(images) * rows * cols > schedule.recompute_tokens,
             tied=recipe.model.tied_rates,
+            on_stream=taps,
         )
-        place = torch.argsort(grid_cells(rows, cols, order)).to(encoded.device)
-        patches = cast(Tensor, model.head(encoded.index_select(1, place)))
-        return stitch(patches.float(), (rows, cols), config.stride_px)
+        return model.logits(model.feature_grid(encoded, taps.total, (rows, cols), order)).float()
 
     return forward
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gigavim.errors import GigavimError, SettingsError
 from gigavim.frames import ClassSpec
-from gigavim.model.config import VimConfig
+from gigavim.model.config import HeadKind, VimConfig
 from gigavim.tokens.order import ScanOrder
 
 IGNORED = 255
@@ -38,6 +38,11 @@ class ModelRecipe(_Section):
     description: str
     licence: str
     encoder: VimConfig
+    head: HeadKind = "linear"
+    """What turns tokens into pixels: "linear" each by itself, "fpn" with layers in between and
+    neighbours."""
+    head_width: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Channels of the head, where it has a choice; 0 is the default of its kind."""
     order: str
     mpp: Positive
     """Micrometres per pixel at which the model works."""

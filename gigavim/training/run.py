@@ -1,6 +1,7 @@
 """A whole training: data, loop, validation, logs, checkpoints, and the model folder at the end."""
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import torch
 from gigavim.engine.devices import resolve_device
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
-from gigavim.model.heads import SegmentationModel
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
 from gigavim.model.weights import tie_rates
 from gigavim.training import loop, score
@@ -60,7 +61,9 @@ def new_model(recipe: Recipe) -> SegmentationModel:
 
         weights = Path(recipe.model.encoder_weights)
         encoder = start_from(read_encoder(weights), recipe.model.encoder)
-    return SegmentationModel(encoder, len(recipe.classes))
+    return SegmentationModel(
+        encoder, len(recipe.classes), recipe.model.head, recipe.model.head_width
+    )
 
 
 class Logs:
@@ -106,7 +109,7 @@ class Run:
         self.canvases = Canvases(Atlas(train, device), recipe)
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
         self.model = new_model(recipe).to(device)
-        self.shadow = SegmentationModel(Vim(recipe.model.encoder), len(recipe.classes)).to(device)
+        self.shadow = copy.deepcopy(self.model)
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
@@ -272,6 +275,8 @@ class Run:
             name=recipe.model.name,
             description=recipe.model.description,
             config=recipe.model.encoder,
+            head=recipe.model.head,
+            head_width=recipe.model.head_width,
             tied_rates=self._tied,
             mpp=recipe.model.mpp,
             mpp_range=recipe.model.mpp_range,

@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigavim.model.heads import SegmentationModel, stitch
-from gigavim.model.vim import grid_cells
+from gigavim.model.segmentation import SegmentationModel, SideSum
+from gigavim.model.windows import windows
 from gigavim.tokens.order import ScanOrder
 from gigavim.training.encode import encode
 from gigavim.training.pack import Picture
 from gigavim.training.recipe import IGNORED
 
-HEAD_TOKENS = 65_536
+WINDOW_TOKENS = 64
+"""Side of the windows in which a grid is decoded."""
 BATCH_PX = 1 << 22
 
 
@@ -56,35 +57,30 @@ class Predictor:
     def labels(self, images: Tensor) -> Tensor:
         """Label images (n, 3, h, w) in [0, 1], each in one sequence: returns (n, h, w) uint8."""
         height, width = images.shape[2:]
-        encoded, grid_hw = self._encoded(images)
         config = self.model.encoder.config
         if config.stride_px != config.patch_px:
             return self.logits(images).max(1).indices.to(torch.uint8)
-        patch, count = config.patch_px, len(images)
-        rows, cols = grid_hw
-        cells = grid_cells(rows, cols, self.order).to(encoded.device)
-        tokens = torch.empty(
-            count, rows * cols, patch, patch, dtype=torch.uint8, device=encoded.device
-        )
-        for start in range(0, rows * cols, HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
-            logits = self.model.head(encoded[:, part].float())  # (n, tokens, classes, P, P)
-            tokens[:, cells[part]] = logits.max(2).indices.to(torch.uint8)
-        grid = tokens.view(count, rows, cols, patch, patch).transpose(2, 3)
-        return grid.reshape(count, rows * patch, cols * patch)[:, :height, :width]
+        grid, patch = self._features(images), config.patch_px
+        count, rows, cols, _ = grid.shape
+        found = torch.empty(count, rows, patch, cols, patch, dtype=torch.uint8, device=grid.device)
+        for top in range(0, rows, WINDOW_TOKENS):
+            strip = (top, min(top + WINDOW_TOKENS, rows))
+            for window in windows(
+                strip, (rows, cols), halo=self.model.head.halo, cols_at_once=WINDOW_TOKENS
+            ):
+                logits = self.model.head.decode(grid[:, *window.seen])[:, *window.inner]
+                labels = logits.max(3).indices.to(torch.uint8)  # (n, rows, cols, P, P)
+                found[:, window.core[0], :, window.core[1]] = labels.transpose(2, 3)
+        return found.view(count, rows * patch, cols * patch)[:, :height, :width]
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Segment images (n, 3, h, w) in [0, 1]: returns (n, classes, h, w) float32."""
         height, width = images.shape[2:]
-        encoded, grid_hw = self._encoded(images)
-        cells = grid_cells(*grid_hw, self.order).to(encoded.device)
-        patches = self.model.head(encoded[:, torch.argsort(cells)].float())
-        stride_px = self.model.encoder.config.stride_px
-        return stitch(cast(Tensor, patches), grid_hw, stride_px)[..., :height, :width]
+        return self.model.logits(self._features(images))[..., :height, :width]
 
-    def _encoded(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Pad images to whole blocks and encode them: (n, L, D), and the grid's (rows, cols)."""
+    def _features(self, images: Tensor) -> Tensor:
+        """Pad images to whole blocks and encode them: (n, rows, cols, features) float32."""
         config = self.model.encoder.config
         block = (self.order.block or 1) * config.stride_px
         extra = config.patch_px - config.stride_px
@@ -99,9 +95,11 @@ class Predictor:
             normalised = (F.pad(images, more, value=self.fill) - mean) / std
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
             tokens = self.model.encoder.tokens(normalised, order=self.order)
-            encoded = encode(self.model.encoder, tokens)
-        rows, cols = ((s - extra) // config.stride_px for s in normalised.shape[2:])
-        return encoded, (rows, cols)
+            taps = SideSum(self.model)
+            encoded = encode(self.model.encoder, tokens, on_stream=taps)
+            rows, cols = ((s - extra) // config.stride_px for s in normalised.shape[2:])
+            grid = self.model.feature_grid(encoded, taps.total, (rows, cols), self.order)
+        return grid.float()
 
 
 def show(picture: Picture, mpp: float, device: torch.device) -> Shown:
@@ -233,7 +231,7 @@ def by_length(
 def border_ring(side_px: int, predictor: Predictor) -> Tensor:
     """(side_px, side_px) bool: pixels of the outermost tokens of their block."""
     block = predictor.order.block or 1
-    device = predictor.model.head.linear.weight.device
+    device = predictor.model.encoder.norm_f.weight.device
     token = torch.arange(side_px, device=device) // predictor.model.encoder.config.stride_px % block
     inside = (token > 0) & (token < block - 1)
     return ~(inside[:, None] & inside[None])

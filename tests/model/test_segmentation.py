@@ -6,7 +6,8 @@ import torch
 
 from gigavim.errors import ModelError
 from gigavim.model.config import VimConfig
-from gigavim.model.heads import SegmentationModel, stitch
+from gigavim.model.heads import stitch
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
 from gigavim.tokens.order import ScanOrder
 

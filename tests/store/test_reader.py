@@ -15,7 +15,7 @@ from gigavim.config import Settings
 from gigavim.errors import OutputError, StoreError
 from gigavim.model.checkpoint import save_model
 from gigavim.model.config import VimConfig
-from gigavim.model.heads import SegmentationModel
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.sequence import class_slots
 from gigavim.model.vim import Vim
 from gigavim.slides import open_slide
@@ -37,7 +37,7 @@ def reference(path, model_folder):
         sequence = model.encoder.encode(
             model.encoder.tokens(image[None].float(), order=card.scan_order)
         )[0]
-        logits = model.head(sequence)
+        logits = model.head.decode(sequence)
     return sequence.numpy(), logits.softmax(1).mean((2, 3)).numpy(), (rows, cols)
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from gigavim.errors import SettingsError
-from gigavim.model.heads import SegmentationModel
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
 from gigavim.training.recipe import load_recipe, shipped_recipes
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gigavim.model.config import VimConfig
-from gigavim.model.heads import SegmentationModel
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
 from gigavim.tokens.order import ScanOrder
 from gigavim.training import score
