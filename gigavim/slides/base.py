@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gigavim.errors import MissingMppError, TileReadError
 from gigavim.frames import Bounds, GeoReference, Mpp
-from gigavim.slides.resample import resample, source_window
+from gigavim.slides.resample import SourceWindow, resample, source_window
 
 if TYPE_CHECKING:
     import dask.array
@@ -196,6 +196,30 @@ class Slide(ABC):
         scale_xy = self._scale_xy(mpp, scale_xy)
         return self._scaled(x_level0, y_level0, width, height, scale_xy, self.read_level_salvage)
 
+    def read_strips(
+        self,
+        x_level0: float,
+        y_level0: float,
+        width: int,
+        height: int,
+        strip_px: int,
+        *,
+        scale_xy: tuple[float, float],
+    ) -> tuple[RGB, Mask | None]:
+        """Like `read_salvage`, cut into strips side by side.
+
+        Strips that are whole columns of a file's tiles may be decoded straight into place.
+
+        Args:
+            strip_px: the width of a strip, of which `width` is a multiple.
+
+        Returns:
+            The pixels (width / strip_px, height, strip_px, 3), and (height, width) as of
+            `read_salvage`.
+        """
+        pixels, unreadable = self.read_salvage(x_level0, y_level0, width, height, scale_xy=scale_xy)
+        return pixels.reshape(height, -1, strip_px, 3).swapaxes(0, 1), unreadable
+
     def level_for_scale(self, scale_xy: tuple[float, float]) -> int:
         """Return the coarsest level that is as fine as wanted, within 1 %."""
         fine = [
@@ -320,6 +344,21 @@ class Slide(ABC):
             )
         return mpp / self.mpp.x, mpp / self.mpp.y
 
+    def _windows(
+        self,
+        x_level0: float,
+        y_level0: float,
+        width: int,
+        height: int,
+        scale_xy: tuple[float, float],
+    ) -> tuple[int, SourceWindow, SourceWindow]:
+        """Return which level is read, and where along x and y."""
+        index = self.level_for_scale(scale_xy)
+        level = self.levels[index]
+        across = source_window(x_level0, scale_xy[0], level.downsample_x, width)
+        down = source_window(y_level0, scale_xy[1], level.downsample_y, height)
+        return index, across, down
+
     def _scaled(
         self,
         x_level0: float,
@@ -329,10 +368,7 @@ class Slide(ABC):
         scale_xy: tuple[float, float],
         source: Callable[[int, int, int, int, int], tuple[RGB, Mask | None]],
     ) -> tuple[RGB, Mask | None]:
-        index = self.level_for_scale(scale_xy)
-        level = self.levels[index]
-        across = source_window(x_level0, scale_xy[0], level.downsample_x, width)
-        down = source_window(y_level0, scale_xy[1], level.downsample_y, height)
+        index, across, down = self._windows(x_level0, y_level0, width, height, scale_xy)
         if across.exact and down.exact:
             return source(index, across.first, down.first, width, height)
         if across.count * down.count > SOURCE_BLOCK_PX and max(width, height) > 1:

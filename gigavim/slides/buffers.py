@@ -6,6 +6,7 @@ blocks of one size needs only a few arrays.
 """
 
 import functools
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -37,16 +38,16 @@ class _Lease:
 
 
 class BufferPool:
-    """Gives uninitialised (height, width, 3) uint8 arrays."""
+    """Gives uninitialised (..., 3) uint8 arrays."""
 
     def __init__(self, max_bytes: int = MAX_POOL_BYTES) -> None:
         self.max_bytes = max_bytes
         self.free: list[Array] = []
 
-    def empty(self, height: int, width: int) -> Array:
-        """Return an array of any content."""
-        shape = (height, width, 3)
-        size = height * width * 3
+    def empty(self, *size_px: int) -> Array:
+        """Return an array of any content, such as (height, width, 3) of `empty(height, width)`."""
+        shape = (*size_px, 3)
+        size = math.prod(shape)
         if size < SMALL_BYTES or size > self.max_bytes:
             return np.empty(shape, np.uint8)
         return np.asarray(_Lease(self._take(size), shape, self))

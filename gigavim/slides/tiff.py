@@ -21,7 +21,7 @@ from gigavim.errors import (
     TileReadError,
 )
 from gigavim.frames import Bounds, Mpp
-from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide, level_downsample
+from gigavim.slides.base import RGB, WHITE, Level, Mask, OpenOptions, Slide, level_downsample
 from gigavim.slides.buffers import shared_pool
 from gigavim.slides.cache import TileCache
 from gigavim.slides.handles import FileBytes, ThreadHandles
@@ -125,33 +125,65 @@ class TiffSlide(Slide):
         if self._tiff is not None:
             self._tiff.close()
 
+    def read_strips(
+        self,
+        x_level0: float,
+        y_level0: float,
+        width: int,
+        height: int,
+        strip_px: int,
+        *,
+        scale_xy: tuple[float, float],
+    ) -> tuple[RGB, Mask | None]:
+        """Return strips, see `Slide.read_strips`; columns of whole tiles are decoded in place."""
+        index, across, down = self._windows(x_level0, y_level0, width, height, scale_xy)
+        level, x, y = self.levels[index], across.first, down.first
+        inside = x >= 0 and y >= 0 and x + width <= level.width and y + height <= level.height
+        columns = strip_px == level.tile_width and x % strip_px == 0 and width % strip_px == 0
+        if across.exact and down.exact and inside and columns:
+            strips = self._buffers.empty(width // strip_px, height, strip_px)
+            try:
+                self._fill(index, x, y, strips)
+                return strips, None
+            except TileReadError as error:
+                log.debug("%s; reading tile by tile", error)
+        return super().read_strips(x_level0, y_level0, width, height, strip_px, scale_xy=scale_xy)
+
     def _read_inside(self, level: int, x: int, y: int, width: int, height: int) -> RGB:
+        out = self._buffers.empty(height, width)
+        self._fill(level, x, y, out[None])
+        return out
+
+    def _fill(self, level: int, x: int, y: int, strips: RGB) -> None:
+        """Read (strips, height, strip width, 3), strips side by side, at level pixel (x, y)."""
         table = self._structure.levels[level]
         wide, high = table.segment_width, table.segment_height
-        out = self._buffers.empty(height, width)
+        count, height, strip_px, _ = strips.shape
+        width = count * strip_px
         for row in range(y // high, (y + height - 1) // high + 1):
             upper = row * high
             columns = range(x // wide, (x + width - 1) // wide + 1)
-            for column in self._fill_row(level, row, columns, x, y, out):
+            for column in self._fill_row(level, row, columns, x, y, strips):
                 left = column * wide
                 right, lower = min(left + wide, table.width), min(upper + high, table.height)
                 x0, x1 = max(left, x), min(right, x + width)
                 y0, y1 = max(upper, y), min(lower, y + height)
                 use_px, whole_px = (x1 - x0) * (y1 - y0), (right - left) * (lower - upper)
                 tile = self._tile(level, row * table.columns + column, use_px, whole_px)
-                out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
+                strip, at = divmod(x0 - x, strip_px)
+                strips[strip, y0 - y : y1 - y, at : at + x1 - x0] = tile[
                     y0 - upper : y1 - upper, x0 - left : x1 - left
                 ]
-        return out
 
     def _fill_row(
-        self, level: int, row: int, columns: range, x: int, y: int, out: RGB
+        self, level: int, row: int, columns: range, x: int, y: int, strips: RGB
     ) -> Iterable[int]:
-        """Put those tiles of a row that lie whole in `out` there at once; return the others."""
+        """Put those tiles of a row that lie whole in the strips there; return the others."""
         table, rows = self._structure.levels[level], self._rows[level]
         wide, high = table.segment_width, table.segment_height
-        first, stop = -(-x // wide), (x + out.shape[1]) // wide
-        whole_rows = y <= row * high and (row + 1) * high <= y + out.shape[0]
+        count, height, strip_px, _ = strips.shape
+        first, stop = -(-x // wide), (x + count * strip_px) // wide
+        whole_rows = y <= row * high and (row + 1) * high <= y + height
         if rows is None or not whole_rows or first >= stop:
             return columns
         try:
@@ -161,8 +193,10 @@ class TiffSlide(Slide):
         indices = range(row * table.columns + first, row * table.columns + stop)
         if self._cache.holds_any((level, index) for index in indices):
             return columns
-        target = out[row * high - y :, first * wide - x :][:high, : (stop - first) * wide]
-        undone = rows.fill(file, indices.start, target)
+        high_part = strips[:, row * high - y :][:, :high]
+        corners = (divmod(column * wide - x, strip_px) for column in range(first, stop))
+        places = [high_part[strip, :, at : at + wide] for strip, at in corners]
+        undone = rows.fill(file, indices.start, places)
         self.tiles_decoded += len(indices) - len(undone)
         left_over = [first + place for place in undone]
         return [*range(columns.start, first), *left_over, *range(stop, columns.stop)]
@@ -241,8 +275,7 @@ def _whole_rows(level: TiffLevel) -> TileRows | None:
     decode = jpeg_decoder(plane.page)
     if decode is None or level.raw_dtype is not None or len(level.planes) > 1:
         return None
-    size = (level.segment_height, level.segment_width)
-    return TileRows(plane.offsets, plane.byte_counts, decode, size)
+    return TileRows(plane.offsets, plane.byte_counts, decode)
 
 
 def _claims(tiff: tifffile.TiffFile, page: Any) -> list[Mpp | None]:

@@ -61,8 +61,12 @@ def tile_decoder(
     return general
 
 
-def jpeg_decoder(page: Any) -> Callable[[Any], Samples] | None:
-    """Return what decodes an ordinary JPEG tile of three colours, or None for other pages."""
+def jpeg_decoder(page: Any) -> Callable[..., Samples] | None:
+    """Return what decodes an ordinary JPEG tile of three colours, or None for other pages.
+
+    It takes the tile's bytes and, if the result has a place, that place: contiguous uint8 of
+    exactly the tile's shape, or the codec's ValueError says that it is not.
+    """
     colours = page.photometric in (2, 6) and page.samplesperpixel == 3 and page.planarconfig == 1
     ordinary = page.compression == 7 and page.dtype == np.uint8 and page.jpegheader is None
     if not (colours and ordinary):
@@ -73,9 +77,9 @@ def jpeg_decoder(page: Any) -> Callable[[Any], Samples] | None:
         page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
     )
 
-    def jpeg(data: Any) -> Samples:
+    def jpeg(data: Any, out: Samples | None = None) -> Samples:
         decoded: Samples = imagecodecs.jpeg8_decode(
-            data, tables=tables, colorspace=colourspace, outcolorspace=outcolourspace
+            data, tables=tables, colorspace=colourspace, outcolorspace=outcolourspace, out=out
         )
         return decoded
 

@@ -5,7 +5,7 @@ else here as is safe. A tile that does not go the plain way (no bytes, damaged, 
 should be) is left to the caller, who reads it alone and knows what to say of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,32 +20,40 @@ class TileRows:
         self,
         offsets: npt.NDArray[np.int64],
         byte_counts: npt.NDArray[np.int64],
-        decode: Callable[[bytes], npt.NDArray[np.generic]],
-        tile_hw: tuple[int, int],
+        decode: Callable[..., npt.NDArray[np.generic]],
     ) -> None:
         self._offsets, self._byte_counts, self._decode = offsets, byte_counts, decode
-        self._shape = (*tile_hw, 3)
 
-    def fill(self, file: FileBytes, index: int, out: npt.NDArray[np.uint8]) -> list[int]:
-        """Decode the n tiles from `index` on into `out`, (tile_height, n * tile_width, 3).
+    def fill(
+        self, file: FileBytes, index: int, places: Sequence[npt.NDArray[np.uint8]]
+    ) -> list[int]:
+        """Decode the tiles from `index` on into places, each (tile_height, tile_width, 3).
+
+        A contiguous place is decoded into, another one copied to.
 
         Returns:
-            Which of the n are not done; `out` keeps what it held there.
+            Which of the places are not done; they may hold anything.
         """
-        shape, decode, width = self._shape, self._decode, self._shape[1]
-        stop = index + out.shape[1] // width
+        stop = index + len(places)
         offsets = self._offsets[index:stop].tolist()
         byte_counts = self._byte_counts[index:stop].tolist()
         undone = []
-        for place, (offset, count) in enumerate(zip(offsets, byte_counts)):
-            tile = None
-            if offset > 0 and count > 0:
-                try:
-                    tile = decode(file.read(offset, count))
-                except Exception:  # codecs raise errors of many unrelated kinds
-                    tile = None
-            if tile is not None and tile.shape == shape and tile.dtype == np.uint8:
-                out[:, place * width : (place + 1) * width] = tile
-            else:
-                undone.append(place)
+        for number, (place, offset, count) in enumerate(zip(places, offsets, byte_counts)):
+            if not (offset > 0 and count > 0 and self._fill_one(file, offset, count, place)):
+                undone.append(number)
         return undone
+
+    def _fill_one(
+        self, file: FileBytes, offset: int, count: int, place: npt.NDArray[np.uint8]
+    ) -> bool:
+        try:
+            if place.flags.c_contiguous:
+                self._decode(file.read(offset, count), place)
+                return True
+            tile = self._decode(file.read(offset, count))
+        except Exception:  # codecs raise errors of many unrelated kinds
+            return False
+        if tile.shape != place.shape or tile.dtype != np.uint8:
+            return False
+        place[...] = tile
+        return True

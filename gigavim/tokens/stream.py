@@ -51,10 +51,11 @@ class CellRect:
 class PatchBlock:
     """The pixels under a rectangle of cells.
 
-    `pixels` is ((rows - 1) * stride_px + patch_px, (cols - 1) * stride_px + patch_px, 3) uint8 at
-    the grid's resolution, background where the map ends. `unreadable` has the same height and
-    width, True where the file could not be decoded (and `pixels` holds background); None where all
-    is well.
+    `strips` is (n, (rows - 1) * stride_px + patch_px, ((cols - 1) * stride_px + patch_px) / n, 3)
+    uint8 at the grid's resolution: n strips side by side, background where the map ends. There is
+    more than one only where patches do not overlap, and each holds whole patches. `unreadable` has
+    the height and width of all, True where the file could not be decoded (and `strips` hold
+    background); None where all is well.
     """
 
     row: int
@@ -63,13 +64,19 @@ class PatchBlock:
     cols: int
     patch_px: int
     stride_px: int
-    pixels: npt.NDArray[np.uint8]
+    strips: npt.NDArray[np.uint8]
     unreadable: npt.NDArray[np.bool_] | None
 
     @property
     def rect(self) -> CellRect:
         """The cells this block holds."""
         return CellRect(self.row, self.col, self.rows, self.cols)
+
+    @property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """The strips as one picture, (height, width, 3)."""
+        _, height, _, _ = self.strips.shape
+        return self.strips.swapaxes(0, 1).reshape(height, -1, 3)
 
 
 def stream_blocks(
@@ -143,25 +150,35 @@ def read_block(
     height, width = grid.span_px(rows), grid.span_px(cols)
     inside_height = min(height, frame.height_px - row * stride)
     inside_width = min(width, frame.width_px - col * stride)
-    pixels, unreadable = None, None
+    strips, unreadable = None, None
     if inside_height > 0 and inside_width > 0:
-        pixels, unreadable = slide.read_salvage(
+        strips, unreadable = slide.read_strips(
             frame.x_level0 + col * stride * frame.scale_x,
             frame.y_level0 + row * stride * frame.scale_y,
             inside_width,
             inside_height,
+            _strip_px(slide, grid, inside_width),
             scale_xy=grid.scale_xy,
         )
-    if pixels is None or pixels.shape[:2] != (height, width):
-        padded = np.empty((height, width, 3), np.uint8)
+    if strips is None or (inside_height, inside_width) != (height, width):
+        padded = np.empty((1, height, width, 3), np.uint8)
         padded[:] = slide.background_rgb
-        if pixels is not None:
-            padded[:inside_height, :inside_width] = pixels
-        pixels = padded
+        if strips is not None:
+            inside = padded[0, :inside_height, :inside_width]
+            inside.reshape(inside_height, len(strips), -1, 3)[...] = strips.swapaxes(0, 1)
+        strips = padded
     if unreadable is not None and unreadable.shape != (height, width):
         missing = (height - inside_height, width - inside_width)
         unreadable = np.pad(unreadable, ((0, missing[0]), (0, missing[1])))
-    return PatchBlock(row, col, rows, cols, grid.patch_px, stride, pixels, unreadable)
+    return PatchBlock(row, col, rows, cols, grid.patch_px, stride, strips, unreadable)
+
+
+def _strip_px(slide: "Slide", grid: TokenGrid, width_px: int) -> int:
+    """The width of the strips a block is read in: that of the file's tiles if patches allow it."""
+    tile_px = slide.levels[slide.level_for_scale(grid.scale_xy)].tile_width
+    touching = grid.stride_px == grid.patch_px
+    fitting = tile_px % grid.stride_px == 0 and width_px % tile_px == 0
+    return tile_px if touching and fitting else width_px
 
 
 def block_patches(block: PatchBlock, kept_rect: Kept) -> npt.NDArray[np.uint8]:
@@ -173,15 +190,16 @@ def block_patches(block: PatchBlock, kept_rect: Kept) -> npt.NDArray[np.uint8]:
     patch, stride = block.patch_px, block.stride_px
     if kept_rect.shape != (block.rows, block.cols):
         raise ValueError(f"kept is {kept_rect.shape}, the block ({block.rows}, {block.cols})")
-    pixels = np.ascontiguousarray(block.pixels)
-    y_step, x_step, channel_step = pixels.strides
+    count = len(block.strips)
+    strip_step, y_step, x_step, channel_step = block.strips.strides
     patches = np.lib.stride_tricks.as_strided(
-        pixels,
-        (block.rows, block.cols, patch, patch, 3),
-        (stride * y_step, stride * x_step, y_step, x_step, channel_step),
+        block.strips,
+        (block.rows, count, block.cols // count, patch, patch, 3),
+        (stride * y_step, strip_step, stride * x_step, y_step, x_step, channel_step),
         writeable=False,
     )
-    chosen = patches if kept_rect.all() else patches[kept_rect]
+    all_kept = kept_rect.all()
+    chosen = patches if all_kept else patches[kept_rect.reshape(block.rows, count, -1)]
     return chosen.reshape(-1, patch * patch * 3)
 
 

@@ -78,6 +78,25 @@ def test_any_region_is_that_of_the_whole(write):
             )
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+@pytest.mark.parametrize("replaced", [{}, {14: b"\xaa" * 500}], ids=["sound", "damaged"])
+def test_strips_are_the_region_cut_up(write, replaced, scale):
+    path, _ = write(replaced)
+    random = np.random.default_rng(3)
+    with open_slide(path) as slide:
+        for _ in range(40):
+            # Whole tile columns as often as not, within the slide and beyond its edge.
+            unit = int(random.choice([TILE_PX, TILE_PX, 16]))
+            x, y = int(random.integers(-1, 9)) * unit, int(random.integers(0, 4)) * 32
+            count, height = int(random.integers(1, 7)), int(random.integers(1, 400))
+            place = (x * scale, y * scale, count * TILE_PX, height)
+            expected, missing = slide.read_salvage(*place, scale_xy=(scale, scale))
+            strips, unreadable = slide.read_strips(*place, TILE_PX, scale_xy=(scale, scale))
+            assert strips.shape == (count, height, TILE_PX, 3)
+            np.testing.assert_array_equal(np.hstack(list(strips)), expected)
+            np.testing.assert_array_equal(unreadable, missing)
+
+
 @pytest.mark.parametrize("block_px", [64, 100, 192, 256])
 def test_blocks_decode_each_tile_once(write, block_px):
     path, pixels = write()

@@ -63,14 +63,14 @@ def gather(grid, kept, blocks):
     st.data(),
 )
 def test_stream_equals_a_whole_cut(noise_slide, height, width, patch, mpp, order, block_px, data):
-    stride = data.draw(st.integers(max(1, patch // 3), patch))
+    stride = data.draw(st.integers(max(1, patch // 3), patch) | st.just(patch))
     x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     slide = noise_slide(
         height,
         width,
         bounds=Bounds(x, y, width - x, height - y),
         background=(240, 241, 242),
-        tile=data.draw(st.integers(8, 64)),
+        tile=data.draw(st.integers(8, 64) | st.sampled_from([stride, 2 * stride, 3 * stride])),
     )
     order = ScanOrder.parse(order)
     grid = make_grid(slide, mpp=mpp, patch_px=patch, stride_px=stride, order=order)
