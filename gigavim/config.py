@@ -126,6 +126,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         SettingsError: the file is missing, cannot be read, or is not TOML.
     """
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"{path}: is no regular file, and settings are; check the name.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a mark
     except FileNotFoundError:
@@ -159,7 +161,8 @@ def _explain(error: ValidationError, kind: type[BaseModel], origin: str) -> str:
         close = difflib.get_close_matches(key, _known_keys(kind), n=1)
         hint = f" Did you mean `{close[0]}`?" if close else " See gigavim.toml for all settings."
         return f"{origin}: unknown setting `{key}`.{hint}"
-    return f"{origin}: setting `{key}` = {first['input']!r}: {first['msg']}."
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{origin}: setting `{key}` = {first['input']!r}: {reason}."
 
 
 def _known_keys(kind: type[BaseModel]) -> list[str]:

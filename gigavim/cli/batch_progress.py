@@ -52,9 +52,9 @@ class Lines:
         again = Counter(verdict.reason for verdict in todo if verdict.reason != "new")
         parts = [f"{len(todo)} to do"] + [f"{skipped} done before"] * bool(skipped)
         parts += [f"{count} because {reason}" for reason, count in again.items()]
-        slides = f"{len(todo) + skipped} slides: {', '.join(parts)}"
+        slides = f"{counted(len(todo) + skipped, 'slide')}: {', '.join(parts)}"
         if workers:
-            slides += f"; {workers} worker{'s' if workers > 1 else ''}"
+            slides += f"; {counted(workers, 'worker')}"
         elif todo:
             slides += "; waiting for the first worker"
         click.echo(slides, err=True)
@@ -93,9 +93,11 @@ class Lines:
 def summary_lines(batch: "Batch", rerun: str, out: Path) -> Iterator[str]:
     """What was done, and last what failed and how to run it again."""
     took = time.strftime("%H:%M:%S", time.gmtime(batch.seconds))
-    done = f"{batch.done} slides done in {took}"
+    done = f"{counted(batch.done, 'slide')} done in {took}"
     if batch.skipped:
         done += f", {batch.skipped} done before"
+    if batch.removed:
+        done += f", {batch.removed} no longer in the archive (what was made of them stays)"
     yield f"\n{done}; results in {out}"
     if batch.failed:
         yield from failed_lines(
@@ -108,7 +110,7 @@ def failed_lines(
     failed: Sequence[tuple[str, str, str, str]], slides: int, rerun: str, out: Path
 ) -> Iterator[str]:
     """Each failed slide (id, reason, message, advice), then the command to run them again."""
-    yield f"{len(failed)} of {slides} slides failed:"
+    yield f"{len(failed)} of {counted(slides, 'slide')} failed:"
     for name, reason, message, advice in failed[:MOST_SHOWN]:
         yield f"  {name}: {reason}: {message}"
         if not advice.startswith("see the message"):
@@ -130,10 +132,18 @@ def dry_run(
     if options.shard is not None:
         entries = shard(entries, *options.shard)
     done = 0
-    fingerprint = recipe.fingerprint()
-    for verdict in sort_out(entries, Archive(out), fingerprint, verify=options.verify):
+    judged = sort_out(
+        entries, Archive(out), recipe.identity(), verify=options.verify, overwrite=options.overwrite
+    )
+    for verdict in judged:
         if verdict.reason or options.overwrite:
             yield f"{verdict.entry.id}\t{verdict.entry.slide}\t{verdict.reason or '--overwrite'}"
         else:
             done += 1
-    yield f"{len(entries) - done} of {len(entries)} slides would be processed, {done} are done."
+    slides = counted(len(entries), "slide")
+    yield f"{len(entries) - done} of {slides} would be processed, {done} done before."
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, in words: "1 slide", "2 slides"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

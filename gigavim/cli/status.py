@@ -72,7 +72,10 @@ def _table(status: "Status") -> Iterator[str]:
 
     for state, count in status.counts.items():
         share = count / max(status.slides, 1)
-        yield f"  {state:<8} {count:>8,}  {share:7.1%}"
+        if state != "removed":
+            yield f"  {state:<8} {count:>8,}  {share:7.1%}"
+        elif count:
+            yield f"  {state:<8} {count:>8,}  no longer in their archive; their results stay"
     if status.slides_per_hour is not None:
         left = "" if status.seconds_left is None else f", {_span(status.seconds_left)} left"
         yield f"  speed    {status.slides_per_hour:>8,.0f}  slides an hour{left}"

@@ -21,7 +21,7 @@ from gigavim.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
-_FULL = {
+FULL = {
     code: text
     for name, text in (
         ("ENOSPC", "no space left on the disk"),
@@ -30,6 +30,7 @@ _FULL = {
     )
     if (code := getattr(errno, name, None)) is not None
 }
+"""Errors of a file system that takes no more, and what they mean."""
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _SCARCE_BYTES = 1 << 20
 """Libraries that hide the errno (GDAL does) are taken to have met a full disk below this."""
@@ -40,8 +41,8 @@ _PARTIAL = re.compile(r"^(\.partial-[0-9a-f]{8}-)+")
 def output_error(path: Path, error: OSError) -> OutputError:
     """The error to show for `error`, met while writing `path`: the file, the reason, the remedy."""
     remedy = "choose another output folder"
-    if error.errno in _FULL:
-        reason = _FULL[error.errno]
+    if error.errno in FULL:
+        reason = FULL[error.errno]
         remedy = f"free some space or {remedy}"
     elif error.errno in _DENIED or isinstance(error, PermissionError):
         reason = f"writing to {path.parent} is not permitted"
@@ -49,7 +50,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
     elif isinstance(error, FileExistsError | NotADirectoryError):
         reason = f"{path.parent} is not a folder"
     elif error.errno is None and _free_bytes(path.parent) < _SCARCE_BYTES:
-        reason = _FULL[errno.ENOSPC]
+        reason = FULL[errno.ENOSPC]
         remedy = f"free some space or {remedy}"
     else:
         reason = error.strerror or str(error) or type(error).__name__
@@ -138,7 +139,7 @@ class OutputSet:
     def _concerns_us(self, error: OSError) -> bool:
         """An input that cannot be read is no error of the output: it names another file."""
         if error.filename is None:
-            return bool(self._temporary) and error.errno in _FULL
+            return bool(self._temporary) and error.errno in FULL
         named = Path(os.fsdecode(error.filename)).absolute()
         return any(path in (named, *named.parents) for path in self._temporary.values())
 

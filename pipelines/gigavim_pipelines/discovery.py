@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 from gigavim.errors import SettingsError, SlideError
 from gigavim.names import result_stem
 from gigavim_pipelines import remote
-from gigavim_pipelines.entries import Entry, distinct, is_remote, safe_id
+from gigavim_pipelines.entries import Entry, is_remote, safe_id
 from gigavim_pipelines.manifest import MANIFEST_SUFFIXES, read_manifest
+from gigavim_pipelines.naming import known_names, name_slides
 
 SLIDE_SUFFIXES = frozenset(
     (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi",
@@ -22,26 +23,27 @@ RESULT_SUFFIXES = (".labels.ome.tif", ".labels.tif")
 
 
 def discover(
-    archives: Sequence[str], *, suffixes: Sequence[str] = (), leave_out: Path | None = None
+    archives: Sequence[str], *, suffixes: Sequence[str] = (), out: Path | None = None
 ) -> list[Entry]:
-    """List the slides of archives.
+    """List the slides of archives, each with the id that it keeps (see `naming`).
 
     Args:
         archives: folders (searched through and through), globs, manifests (csv, tsv, parquet),
             slides, or fsspec URLs of any of these.
         suffixes: in folders, take files of these names' endings only, such as ".svs".
-        leave_out: a folder that is not searched: that of the results.
+        out: the folder of the results, which is not searched, and whose ids stay.
 
     Returns:
         The slides in the order found, each once, each with an id of its own.
 
     Raises:
         SettingsError: an archive does not exist, holds no slides, or is a manifest with errors.
+        OutputError: a ledger in `out` cannot be read.
     """
     wanted = frozenset(f".{suffix.lstrip('.').lower()}" for suffix in suffixes)
     found: list[Entry] = []
     for archive in archives:
-        entries = list(_entries(archive, wanted, leave_out))
+        entries = list(_entries(archive, wanted, out))
         if not entries:
             raise SettingsError(
                 f"{archive}: no slides found there. Slides are files that end in "
@@ -49,7 +51,7 @@ def discover(
                 " other endings are taken with --wsi-ext."
             )
         found += entries
-    return distinct(found)
+    return name_slides(found, known_names(out) if out is not None else None)
 
 
 def _entries(archive: str, wanted: frozenset[str], leave_out: Path | None) -> Iterator[Entry]:

@@ -10,12 +10,13 @@ import math
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distributed import CancelledError, KilledWorker
 
+from gigavim.engine.memory import format_bytes
 from gigavim.errors import ResourceError
 from gigavim_pipelines import cluster
 from gigavim_pipelines.failures import Failure, classify
@@ -34,6 +35,8 @@ _EVENT_S = 0.5
 _LONGEST_WAIT_S = 600.0
 _MOST_UNBEGUN = 20
 """So often may a slide be given to workers that die before they begin it."""
+_MAYBE_FULL = frozenset(("disk", "output", "I/O", "crash", "defect"))
+"""Reasons that a full disk gives: libraries hide the error, and memory on a file crashes."""
 _MEMORY_TOPIC = "worker-restart-memory"
 """Under which dask's nannies tell of workers that they ended for their memory."""
 
@@ -61,13 +64,18 @@ class Policy:
     """Slides waiting at the scheduler per worker: some let a cluster grow with its load."""
     patience_s: float = math.inf
     """How long to go on without a single worker."""
+    full: Callable[[Job], Exception | None] = lambda job: None
+    """Asked after failures that a full disk may be behind: what to end the run with, if it is."""
+    memory_bytes: int = 0
+    """What a worker may hold, where that is known."""
 
 
 class Engine:
     """Runs jobs on a client's workers until each is done or has failed.
 
     Raises:
-        ResourceError: the scheduler is gone for good, or no worker is left.
+        ResourceError: the scheduler is gone for good, or no worker is left; and what the policy's
+            `full` returns.
     """
 
     def __init__(self, client: "Client", listener: Listener, policy: Policy) -> None:
@@ -184,13 +192,17 @@ class Engine:
             return
         failure = words.failure(timeout_s=job.timeout_s)
         if failure.reason == "killed" and (held := self._memory_of(words.pid)):
-            failure = Failure("memory", f"its worker was ended when it held {held / 1e9:.1f} GB")
+            limit = self._policy.memory_bytes
+            most = f", and may hold {format_bytes(limit)}" if limit else ""
+            failure = Failure("memory", f"its worker was ended: it held {format_bytes(held)}{most}")
         job.attempt_file.unlink(missing_ok=True)
         self._tried(job, failure, f"{words.host}:{words.pid}")
 
     def _tried(self, job: Job, failure: Failure, worker: str) -> None:
         self._failures[job.entry.id] += 1
         times = self._failures[job.entry.id]
+        if failure.reason in _MAYBE_FULL and (full := self._policy.full(job)) is not None:
+            raise full
         last = not failure.may_pass or times >= self._policy.tries
         self._listener.tried(job, failure, worker, last=last)
         if not last:

@@ -1,6 +1,7 @@
 """Why a slide failed, whether trying again may help, and what its owner can do."""
 
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ ADVICE = {
     "unsupported": "convert it to a format that gigavim reads, or leave it out",
     "no mpp": "fill in its mpp in failed.csv, or in a manifest (slide,mpp)",
     "slide": "see the message",
+    "permission": "let the user that runs the workers read it (of a URL: check the credentials)",
     "model": "see the message",
     "settings": "correct the recipe",
     "memory": "raise --worker-memory, use fewer --workers, or a smaller compute.max_memory",
@@ -58,6 +60,7 @@ _PASSING = {
     if hasattr(errno, name)
 }  # fmt: skip
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)}
+_DENIED = {errno.EACCES, errno.EPERM}
 
 _KINDS: tuple[tuple[type[Exception], str], ...] = (
     (errors.MissingMppError, "no mpp"),
@@ -78,7 +81,7 @@ _KINDS: tuple[tuple[type[Exception], str], ...] = (
 def classify(error: Exception, *, detail: str = "") -> Failure:
     """The failure that an exception of a slide's task means."""
     # Names of files in it may be no UTF-8, which neither ledger nor log can hold.
-    message, detail = as_text(str(error) or type(error).__name__), as_text(detail)
+    message, detail = as_text(_text(error)), as_text(detail)
     chain = list(_causes(error))
     numbers = {item.errno for item in chain if isinstance(item, OSError)}
     if numbers & _FULL:
@@ -86,10 +89,19 @@ def classify(error: Exception, *, detail: str = "") -> Failure:
     passing = any(isinstance(item, ConnectionError | TimeoutError) for item in chain)
     if passing or numbers & _PASSING:
         return Failure("I/O", message, detail)
+    if numbers & _DENIED and not isinstance(error, errors.OutputError):
+        return Failure("permission", message, detail)
     for kind, reason in _KINDS:
         if isinstance(error, kind):
             return Failure(reason, message, detail)
     return Failure("defect", f"{type(error).__name__}: {message}", detail)
+
+
+def _text(error: Exception) -> str:
+    """An error's message; of the system's own, the file first and no number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

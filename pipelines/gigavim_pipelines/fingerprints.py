@@ -1,8 +1,12 @@
 """When is a file still the same? Cheap answers for slides, full checksums for results."""
 
+import errno
 import hashlib
+import os
+import stat
 from pathlib import Path
 
+from gigavim.errors import SlideError
 from gigavim_pipelines import remote
 from gigavim_pipelines.entries import Entry, is_remote
 
@@ -11,6 +15,29 @@ SAMPLE_BYTES = 1 << 16
 
 
 UNKNOWN = "?"
+
+
+def check_readable(entry: Entry) -> None:
+    """Find out, before anything waits for them, whether an entry's local files can be read.
+
+    Raises:
+        SlideError: one is missing, no regular file, or not to be read; the message says which.
+    """
+    for what, name in (("", entry.slide), ("the slide's mask, ", entry.mask)):
+        if not name or is_remote(name):
+            continue
+        path = Path(name)
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                advice = "correct the manifest's column mask" if what else "was it moved?"
+                raise SlideError(f"{what}{path}: does not exist; {advice}") from error
+            raise
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise SlideError(f"{what}{path}: is no regular file (a pipe? a device?)")
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, f"{what}may not be read by this user", str(path))
 
 
 def stamp(entry: Entry) -> str:
@@ -53,6 +80,19 @@ def input_fingerprint(entry: Entry) -> str:
     return digest.hexdigest()
 
 
+def same_input(entry: Entry, then: str, digest: str, *, unreadable: bool) -> bool:
+    """Whether an entry's files are what they were when `stamp` gave `then`, or have the
+    fingerprint `digest`; `unreadable` is the answer where they cannot be read.
+    """
+    now = stamp(entry)
+    if now != UNKNOWN and now == then:
+        return True
+    try:
+        return input_fingerprint(entry) == digest
+    except OSError:
+        return unreadable
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file; of a folder, that of its files' names and SHA-256s in order of name."""
     if path.is_dir():
@@ -93,7 +133,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _sampled(path: Path) -> str:
-    size = path.stat().st_size
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    size = facts.st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         if size <= SAMPLES * SAMPLE_BYTES:

@@ -6,10 +6,10 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from uuid import uuid4
 
-from gigavim.errors import OutputError
 from gigavim.outputs.atomic import explained
 from gigavim_pipelines.record import Record, record_name
 
@@ -41,16 +41,35 @@ class Archive:
         """The record of a finished slide."""
         return Record.read(self.slides / slide_id / record_name(slide_id))
 
+    def ids(self) -> set[str]:
+        """Ids of the slides that have a folder."""
+        with suppress(OSError), os.scandir(self.slides) as items:
+            return {item.name for item in items if not item.name.startswith(".")}
+        return set()
+
+    def without_record(self, slide_id: str) -> str:
+        """What is wrong with a slide's folder that holds no record; nothing if there is none."""
+        folder = self.slides / slide_id
+        if os.path.lexists(folder / record_name(slide_id)):
+            return "its record is damaged"
+        with suppress(OSError):
+            return "its record is missing" if any(folder.iterdir()) else ""
+        return ""
+
     @contextmanager
-    def staging(self, slide_id: str, *, overwrite: bool) -> Iterator[Path]:
+    def staging(self, slide_id: str, *, overwrite: bool, own: Iterable[str] = ()) -> Iterator[Path]:
         """A folder to work in, which becomes the slide's when a `with` block ends well.
 
         Results that an earlier run made for the slide are then removed; other files in its folder
-        stay.
+        stay, and where a result takes the name of one it becomes `NAME.old`.
+
+        Args:
+            slide_id: whose.
+            overwrite: replace also files that no run made.
+            own: names that an earlier run made, where there may be no record to say so.
 
         Raises:
-            OutputError: the disk refuses, or a file that no run made has the name of a result;
-                with `overwrite` it is replaced.
+            OutputError: the disk refuses.
         """
         final = self.slides / slide_id
         partial = final.with_name(f".partial-{uuid4().hex[:8]}-{slide_id}")
@@ -59,7 +78,7 @@ class Archive:
         try:
             yield partial
             with explained(final):
-                self._place(partial, final, overwrite=overwrite)
+                self._place(partial, final, set(own), overwrite=overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -78,41 +97,43 @@ class Archive:
             else:
                 self._clear(item, final)
 
-    def _place(self, partial: Path, final: Path, *, overwrite: bool) -> None:
+    def _place(self, partial: Path, final: Path, own: set[str], *, overwrite: bool) -> None:
         if not final.exists():
             partial.rename(final)
         else:
-            record = self.record(final.name)
-            own = _own(record, final.name) if record is not None else set()
-            new = {item.name for item in partial.iterdir()}
-            foreign = {item.name for item in final.iterdir()} - own
-            if foreign & new and not overwrite:
-                raise OutputError(
-                    f"{final / min(foreign & new)}: is there already, and no record says that a run"
-                    " made it; move it away, or use --overwrite."
-                )
+            # What a damaged record cannot tell any more: this folder's results are a run's.
+            damaged = self.record(final.name) is None and os.path.lexists(
+                final / record_name(final.name)
+            )
+            if damaged or overwrite:
+                own |= {item.name for item in partial.iterdir()}
             previous = final.with_name(f".previous-{uuid4().hex[:8]}-{final.name}")
             final.rename(previous)
             partial.rename(final)
-            self._clear(previous, final)
+            self._clear(previous, final, own)
         _sync_folder(final.parent)
 
-    def _clear(self, previous: Path, final: Path) -> None:
+    def _clear(self, previous: Path, final: Path, own: Iterable[str] = ()) -> None:
         """Move what no run made to the new folder, and remove the rest."""
         record = Record.read(previous / record_name(final.name))
-        own = _own(record, final.name) if record is not None else set()
+        made = {record_name(final.name), *own, *(_own(record) if record is not None else ())}
         for item in list(previous.iterdir()):
-            if item.name not in own and not (final / item.name).exists():
-                item.rename(final / item.name)
-            else:
+            if item.name in made:
                 _remove(item)
+            else:
+                item.rename(_free_name(final / item.name))
         _remove_empty(previous)
 
 
-def _own(record: Record, slide_id: str) -> set[str]:
+def _own(record: Record) -> set[str]:
     """Names in a slide's folder that are a run's."""
-    names = {Path(output.path).parts[0] for output in record.outputs.values()}
-    return names | {record_name(slide_id)}
+    return {name for output in record.outputs.values() for name in Path(output.path).parts[:1]}
+
+
+def _free_name(path: Path) -> Path:
+    """The path itself, or one after it that is free: `a.txt`, `a.txt.old`, `a.txt.old2`."""
+    names = chain([path.name, f"{path.name}.old"], (f"{path.name}.old{n}" for n in count(2)))
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
 
 
 def _remove(path: Path) -> None:

@@ -1,6 +1,5 @@
 """The index of an archive: one row per slide, for analysts, as csv and as parquet."""
 
-import csv
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from gigavim.outputs.atomic import atomic_path
 from gigavim_pipelines.folders import Archive
 from gigavim_pipelines.ledger import read_ledgers
 from gigavim_pipelines.record import Record
+from gigavim_pipelines.tables import write_csv
 
 log = logging.getLogger(f"gigavim.{__name__}")
 
@@ -29,6 +29,8 @@ _QUALITY = ("tissue_fraction", "tissue_mm2", "fine_detail", "blurred_fraction", 
 
 def read_index(out: Path) -> list[Row]:
     """One row per slide that a run knows, in order of id.
+
+    Slides that their archive no longer has (state "removed") are there as long as their results.
 
     Beyond the usual columns there are `fraction NAME` and `area_mm2 NAME` (`area_ha` for rasters)
     per class, and measures of quality. Paths are relative to the folder; `store` is that of the
@@ -50,13 +52,7 @@ def write_index(out: Path, rows: list[Row]) -> list[Path]:
     """
     columns = [*_HEAD, *dict.fromkeys(key for row in rows for key in row if key not in _HEAD)]
     written = [out / "index.csv"]
-    with (
-        atomic_path(written[0], overwrite=True) as partial,
-        partial.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(written[0], columns, rows)
     try:
         import pyarrow
         import pyarrow.parquet
@@ -79,9 +75,10 @@ def _row(archive: Archive, slide: Row) -> Row:
     row |= {
         name: slide[name] for name in ("reason", "error", "size_bytes", "seconds", "peak_bytes")
     }
-    record = archive.record(slide["id"]) if slide["state"] == "done" else None
-    if record is not None:
-        row |= dict(_facts(archive, record))
+    if slide["state"] in ("done", "removed"):
+        record = archive.record(slide["id"])
+        # Without a record it is not done: the next run makes it again.
+        row |= dict(_facts(archive, record)) if record is not None else {"state": "waiting"}
     return row
 
 

@@ -17,6 +17,7 @@ from gigavim.errors import SettingsError
 from gigavim.names import result_stem
 from gigavim_pipelines import remote
 from gigavim_pipelines.entries import Entry, check_id, is_remote, safe_id
+from gigavim_pipelines.tables import plain
 
 log = logging.getLogger(f"gigavim.{__name__}")
 
@@ -25,6 +26,8 @@ COLUMNS = ("slide", "id", "mpp", "mask", "label")
 ALIASES = {"wsi": "slide", "image_path": "slide", "spacing_at_level_0": "mpp", "sample_id": "id",
            "mask_path": "mask"}  # fmt: skip
 """What TRIDENT and slide2vec call the same."""
+LEAST_MPP = 1e-4
+"""Micrometres: a tenth of a nanometre, which is less than any microscope's pixel."""
 OWN = ("reason", "error")
 """Columns of the lists of failed slides that a run writes, which are manifests too."""
 
@@ -47,7 +50,7 @@ def read_manifest(path: str | Path) -> list[Entry]:
     entries = [_entry(path, line, row, names) for line, row in rows]
     seen: dict[str, int] = {}
     for (line, _), entry in zip(rows, entries, strict=True):
-        first = seen.setdefault(entry.id.casefold(), line)
+        first = seen.setdefault(entry.id.casefold(), line) if entry.given else line
         if first != line:
             raise SettingsError(
                 f"{path}, row {line}: the id {entry.id!r} is that of row {first} too; give each"
@@ -74,9 +77,16 @@ def _rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         head = text.split("\n", 1)[0]
         delimiter = max("\t;,", key=lambda mark: (head.count(mark), mark == ","))
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        if rows and set(OWN) <= rows[0].keys():
+            rows = [_plain(row) for row in rows]
     for line, row in enumerate(rows, start=2):
         if any(value not in (None, "") for value in row.values()):
             yield line, row
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of our own list of failed slides, as it was before it was made safe to look at."""
+    return {key: plain(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def _parquet(path: str | Path, content: bytes) -> list[dict[str, Any]]:
@@ -138,6 +148,7 @@ def _entry(path: str | Path, line: int, row: Mapping[str, Any], names: Mapping[s
         mpp=_mpp(text.get("mpp", ""), where),
         mask=_absolute(mask, path) if mask else None,
         label=text.get("label") or None,
+        given=bool(given),
     )
 
 
@@ -156,7 +167,7 @@ def _mpp(text: str, where: str) -> float | None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < 1e7:
+    if not LEAST_MPP <= value < 1e7:
         raise SettingsError(
             f"{where}: mpp is {text!r}; micrometres per pixel are wanted, such as 0.25, or nothing."
         )

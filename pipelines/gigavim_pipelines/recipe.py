@@ -16,16 +16,29 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from gigavim.config import Settings, read_toml, validate
 from gigavim.errors import SettingsError
+from gigavim_pipelines.recipe_sections import BatchSettings, RecipeHead, checked_size
 
 log = logging.getLogger(f"gigavim.{__name__}")
+
+
+class UnknownRecipeError(SettingsError):
+    """No recipe is called so."""
+
 
 SlideTask = Callable[..., Any]
 """`task(path, *, settings, stem, progress)`; its answer has `.outputs`, {kind: path}, all below
 `settings.output.directory`, and `.summary`, plain data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells recipes, and states of one, apart."""
+
+    name: str
+    fingerprint: str
+    """As `Recipe.fingerprint` gives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +62,6 @@ _IMMATERIAL = {
     "tokens": ("num_workers", "block_px"),
     "output": ("directory", "overwrite"),
 }
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
-
-
-class RecipeHead(_Section):
-    """What a recipe is."""
-
-    description: str = ""
-    task: str = "segment"
-    """A name in `TASKS`, or "module:function" of one's own, called as `SlideTask` says."""
-
-
-class BatchSettings(_Section):
-    """How a recipe is run."""
-
-    workers: int = Field(0, ge=0, le=4096)
-    """Slides at a time on this machine; 0: one per GPU, else one per four cores."""
-    timeout: str = "6h"
-    """Longest time for a slide; "0" for none."""
-    tries: int = Field(3, ge=1, le=100)
-    """How often a slide is begun whose failure may pass: I/O, a dead or hung worker."""
-    retry_wait: str = "10s"
-    """Before the second try; doubled for each further one."""
-    worker_memory: str = "auto"
-    """Beyond this a worker is replaced; auto: an equal share of the machine's."""
-    recycle_after: int = Field(100, ge=0)
-    """Slides after which a worker process is replaced; 0: never."""
 
 
 class Recipe(Settings):
@@ -121,6 +105,29 @@ class Recipe(Settings):
             ) from error
         return function
 
+    def check(self) -> None:
+        """Find out before the first slide what would make every slide fail.
+
+        Raises:
+            SettingsError: the task, a size or the tissue file named is none.
+        """
+        self.function()
+        for key in ("max_memory", "max_gpu_memory"):
+            try:
+                checked_size(getattr(self.compute, key))
+            except ValueError as error:
+                raise SettingsError(f"compute.{key}: {error}.") from error
+        tissue = self.tokens.tissue
+        if tissue not in ("auto", "none") and not Path(tissue).is_file():
+            raise SettingsError(
+                f"tokens.tissue = {tissue!r}: there is no such file; give auto, none, or a GeoJSON"
+                " or image. What differs from slide to slide is a manifest's column mask."
+            )
+
+    def identity(self) -> Identity:
+        """The name and fingerprint that its results carry."""
+        return Identity(self.recipe.name, self.fingerprint())
+
     def fingerprint(self) -> str:
         """SHA-256 of all that determines the results: task, settings, model.
 
@@ -146,29 +153,38 @@ def list_recipes() -> dict[str, Recipe]:
     return {path.stem: _load(path) for path in _shipped()}
 
 
-def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a shipped recipe or a file of one's own.
-
-    Args:
-        name_or_path: a name of `list_recipes`, or a TOML file.
-        overrides: "section.key=value" each, the value as in TOML or a bare word.
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a shipped recipe (a name of `list_recipes`) or a TOML file of one's own.
 
     Raises:
-        SettingsError: there is no such recipe, or it has a key or value that is not allowed.
+        UnknownRecipeError: there is no such recipe.
+        SettingsError: it has a key or value that is not allowed.
     """
     shipped = {path.stem: path for path in _shipped()}
     path = shipped.get(name_or_path, Path(name_or_path))
     if not path.is_file() and path.suffix.lower() != ".toml":
         close = difflib.get_close_matches(name_or_path, shipped, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise SettingsError(
+        raise UnknownRecipeError(
             f"no recipe is called {name_or_path!r}, nor is there such a file.{hint} Shipped are"
             f" {', '.join(sorted(shipped))}; see gigavim batch --list."
         )
-    recipe = _load(path)
+    recipe = _absolute(_load(path))
+    try:
+        recipe.check()
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    return recipe
+
+
+def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A recipe with other settings, each "section.key=value", the value as in TOML or a bare word.
+
+    Raises:
+        SettingsError: a key or value is not allowed.
+    """
     for override in overrides:
         recipe = _override(recipe, override)
-    recipe.function()
     return _absolute(recipe)
 
 
@@ -181,7 +197,8 @@ def _load(path: Path) -> Recipe:
                 f"{path}: output.{key} is not for recipes: where results go is said by -o, and"
                 " --overwrite."
             )
-    return validate(Recipe, values, str(path))
+    recipe = validate(Recipe, values, str(path))
+    return recipe if recipe.recipe.name else recipe.with_flags(recipe={"name": path.stem})
 
 
 def _override(recipe: Recipe, text: str) -> Recipe:

@@ -12,6 +12,8 @@ from typing import Any, Self
 import orjson
 
 FORMAT = "gigavim-batch/1"
+MOST_BYTES = 1 << 26
+"""No record is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Record:
     token: str
     """Of the attempt."""
     label: str | None = None
+    recipe_name: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
     """Of the task's summary what an index needs: areas, sizes, coverage, timings."""
     format: str = FORMAT
@@ -67,6 +70,9 @@ class Record:
     def read(cls, path: Path) -> Self | None:
         """Read a record; None where there is none, or none that this version understands."""
         try:
+            # A pipe of that name would be waited for.
+            if not path.is_file() or path.stat().st_size > MOST_BYTES:
+                return None
             values = orjson.loads(path.read_bytes())
             if values["format"] != FORMAT:
                 return None

@@ -43,6 +43,16 @@ def list_slides(url: str, is_slide: Callable[[str], bool]) -> list[str]:
     return [files.unstrip_protocol(name) for name in sorted(found)]
 
 
+def exists(url: str) -> bool:
+    """Whether there is such a file; yes where its server cannot be asked."""
+    try:
+        files, path = _open(url)
+        return bool(files.exists(path))
+    # Each file system raises errors of its own libraries.
+    except Exception:
+        return True
+
+
 def fingerprint(url: str) -> str:
     """What changes when the file behind a URL does: its size with ETag or time of change."""
     files, path = _open(url)
@@ -78,7 +88,11 @@ def _open(url: str) -> tuple[Any, str]:
             f"{url}: {protocol}:// needs another package: {error}.{extra}"
         ) from error
     except ValueError as error:
-        raise SettingsError(f"{url}: {error}.") from error
+        known = ", ".join(f"{name}://" for name in ("s3", "gs", "az", "http", "https", "sftp"))
+        raise SettingsError(
+            f"{url}: {error}. Such are {known} and what else fsspec knows; of a local folder write"
+            " the path alone."
+        ) from error
     # Listings are asked for anew: an archive may have changed since the last.
     files.invalidate_cache()
     return files, path

@@ -71,6 +71,7 @@ def _cards(status: Status, rows: list[Row]) -> list[tuple[str, str]]:
     cards += [("failed", f"{status.counts['failed']:,}")]
     left = status.counts["waiting"] + status.counts["running"]
     cards += [("not done yet", f"{left:,}")] * bool(left)
+    cards += [("removed", f"{status.counts['removed']:,}")] * bool(status.counts["removed"])
     if status.slides_per_hour:
         cards.append(("slides an hour", f"{status.slides_per_hour:,.0f}"))
     if seconds and pixels:

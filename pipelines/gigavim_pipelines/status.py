@@ -1,14 +1,16 @@
 """How a run stands, from its ledgers: for people, for programs, and as a list of what failed."""
 
-import csv
+import socket
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gigavim.outputs.atomic import atomic_path
+import psutil
+
 from gigavim_pipelines.ledger import at_work, read_ledgers
+from gigavim_pipelines.tables import write_csv
 
 FAILED_NAME = "failed.csv"
 RECENT_S = 3600.0
@@ -21,7 +23,7 @@ class Status:
 
     out: Path
     counts: dict[str, int]
-    """Slides by state: waiting, running, done, failed."""
+    """Slides by state: waiting, running, done, failed, and removed from their archive."""
     reasons: dict[str, int]
     """Failed slides by reason."""
     running: list[dict[str, Any]]
@@ -37,8 +39,8 @@ class Status:
 
     @property
     def slides(self) -> int:
-        """How many there are."""
-        return sum(self.counts.values())
+        """How many the archive has."""
+        return sum(count for state, count in self.counts.items() if state != "removed")
 
     @property
     def rerun(self) -> str:
@@ -75,14 +77,15 @@ def read_status(out: Path) -> Status:
     slides, runs = read_ledgers(out)
     busy = at_work(out)
     if busy is None:
-        busy = any(run["ended"] is None for run in runs)
+        busy = any(run["ended"] is None and _may_live(run) for run in runs)
     if not busy:
         # What a killed run had begun is begun by none.
         slides = [
             row | {"state": "waiting"} if row["state"] == "running" else row for row in slides
         ]
     by_state = Counter(row["state"] for row in slides)
-    counts = {state: by_state[state] for state in ("waiting", "running", "done", "failed")}
+    states = ("waiting", "running", "done", "failed", "removed")
+    counts = {state: by_state[state] for state in states}
     failed = sorted((row for row in slides if row["state"] == "failed"), key=lambda row: row["id"])
     running = [row for row in slides if row["state"] == "running"]
     rate = _rate([row for row in slides if row["state"] == "done"], runs)
@@ -109,14 +112,13 @@ def write_failed(out: Path) -> Path | None:
         path.unlink(missing_ok=True)
         return None
     columns = ("slide", "id", "mpp", "mask", "label", "reason", "error")
-    with (
-        atomic_path(path, overwrite=True) as partial,
-        partial.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(failed)
+    write_csv(path, columns, [{name: row[name] for name in columns} for row in failed])
     return path
+
+
+def _may_live(run: dict[str, Any]) -> bool:
+    """Whether a run's process may be there; of other machines that cannot be known."""
+    return bool(run["host"] != socket.gethostname() or psutil.pid_exists(run["pid"]))
 
 
 def _rate(done: list[dict[str, Any]], runs: list[dict[str, Any]]) -> float | None:

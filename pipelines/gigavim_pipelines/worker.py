@@ -17,6 +17,7 @@ from gigavim_pipelines import remote
 from gigavim_pipelines.entries import Entry, is_remote
 from gigavim_pipelines.failures import Failure, classify
 from gigavim_pipelines.fingerprints import (
+    check_readable,
     checksum,
     input_fingerprint,
     slide_bytes,
@@ -55,6 +56,8 @@ class Job:
     timeout_s: float = 0.0
     recycle_after: int = 0
     overwrite: bool = False
+    own: frozenset[str] = frozenset()
+    """Names in the slide's folder that a run made, where no record says so."""
     token: str = field(default_factory=lambda: uuid4().hex)
     """Of this attempt."""
 
@@ -104,10 +107,11 @@ def finished(job: Job) -> Record | None:
 def _record(job: Job, me: str) -> Record:
     entry, archive = job.entry, Archive(job.out)
     started = time.time()
+    check_readable(entry)
     before = stamp(entry)
     with (
         peak_memory() as peak,
-        archive.staging(entry.id, overwrite=job.overwrite) as folder,
+        archive.staging(entry.id, overwrite=job.overwrite, own=job.own) as folder,
     ):
         fingerprint = input_fingerprint(entry)
         result = _run_task(job, folder)
@@ -127,6 +131,7 @@ def _record(job: Job, me: str) -> Record:
             worker=me,
             token=job.token,
             label=entry.label,
+            recipe_name=job.recipe.recipe.name,
             summary={k: v for k, v in result.summary.items() if k not in _NOT_FOR_INDEX},
         )
         record.write(folder / record_name(entry.id))

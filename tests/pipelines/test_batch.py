@@ -178,7 +178,7 @@ def test_links_that_lead_back_are_followed_once(run, faulty, make_slides):
     slides = make_slides(a="fine")
     (slides / "loop").symlink_to(".")
     (slides / "again").symlink_to(slides)
-    assert "1 of 1 slides" in run("batch", faulty, slides, "-o", "out", "--dry-run").out
+    assert "1 of 1 slide " in run("batch", faulty, slides, "-o", "out", "--dry-run").out
 
 
 def test_workers_are_replaced_after_some_slides(run, faulty, make_slides, tmp_path):
@@ -305,13 +305,21 @@ def wait_for(folder: Path, pattern: str, seconds: float = 30) -> list[Path]:
     ("arguments", "code", "words"),
     [
         ([], 2, ["RECIPE"]),
-        (["segmnt", "."], 1, ["segmnt", "segment"]),
+        (["segmnt", "."], 2, ["segmnt", "segment"]),
         (["qc.toml", "."], 1, ["qc.toml", "no such settings file"]),
         (["segment", "nowhere"], 1, ["nowhere", "does not exist"]),
         (["segment", "empty"], 1, ["empty", "no slides found"]),
-        (["segment", "x.svs", "--set", "tokens.tisue=none"], 1, ["tokens.tisue", "tokens.tissue"]),
-        (["segment", "x.svs", "--set", "tissue=none"], 1, ["section.key=value"]),
-        (["segment", "x.svs", "--timeout", "soon"], 1, ["batch.timeout", "soon"]),
+        (["segment", "x.svs", "--set", "tokens.tisue=none"], 2, ["tokens.tisue", "tokens.tissue"]),
+        (["segment", "x.svs", "--set", "tissue=none"], 2, ["section.key=value"]),
+        (["segment", "x.svs", "--set", "tokens.tissue=no.png"], 2, ["tokens.tissue", "no.png"]),
+        (["segment", "x.svs", "--set", "compute.max_memory=x"], 2, ["compute.max_memory"]),
+        (["segment", "x.svs", "--timeout", "5parsecs"], 2, ["--timeout", "5parsecs", "90s"]),
+        (["segment", "x.svs", "--worker-memory", "lots"], 2, ["--worker-memory", "lots"]),
+        (["segment", "x.svs", "--dashboard", "x:y"], 2, ["--dashboard", "x:y", ":8787"]),
+        (["segment", "x.svs", "--dashboard", ":99999"], 2, ["--dashboard", ":99999"]),
+        (["segment", "x.svs", "--scheduler", "x:y"], 2, ["--scheduler", "tcp://host:8786"]),
+        (["segment", "x.svs", "--shard", "3"], 2, ["--shard", "3/10"]),
+        (["segment", "xyz://bucket/scans"], 1, ["xyz://bucket/scans", "xyz", "s3"]),
         (["segment", "x.svs", "--scheduler", "tcp://127.0.0.1:9"], 1, ["127.0.0.1:9", "scheduler"]),
         (["segment", "x.svs", "--model", "no-such"], 1, ["no-such"]),
         (["segment", "x.svs", "-o", "x.svs"], 1, ["x.svs"]),
@@ -328,6 +336,8 @@ def test_what_cannot_be_done_is_said_in_one_line(run, tmp_path, arguments, code,
     assert result.code == code
     assert all(word in result.err for word in words), result.err
     assert "Traceback" not in result.err
+    if "--scheduler" not in arguments:
+        assert not (tmp_path / "gigavim_out").exists()
 
 
 def test_status_of_a_folder_without_a_run(run, tmp_path):
@@ -340,7 +350,7 @@ def test_dry_run_says_why_and_writes_nothing(run, faulty, make_slides, tmp_path)
     result = run("batch", faulty, make_slides(a="fine"), "-o", "out", "--dry-run")
     assert result.code == 0
     assert "a\t" in result.out
-    assert "1 of 1 slides would be processed" in result.out
+    assert "1 of 1 slide would be processed" in result.out
     assert not (tmp_path / "out").exists()
 
 

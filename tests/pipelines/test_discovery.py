@@ -4,7 +4,7 @@ import pytest
 
 from gigavim.errors import SettingsError
 from gigavim_pipelines.discovery import discover
-from gigavim_pipelines.entries import LONGEST_ID, Entry, distinct, safe_id, shard
+from gigavim_pipelines.entries import LONGEST_ID, Entry, safe_id, shard
 
 
 def make(folder, *names):
@@ -24,7 +24,7 @@ def test_folders_are_searched_through_and_through(tmp_path):
         tmp_path, "a.svs", "deep/down/b.NDPI", "c.ome.tif", "notes.txt", ".hidden/d.svs", ".e.svs",
         "thumbs/a.png", "a.labels.ome.tif", "f.mrxs", "f/Dat0.tif", "out/slides/a/g.svs",
     )  # fmt: skip
-    assert ids(tmp_path, leave_out=tmp_path / "out") == ["a", "c", "b", "f"]
+    assert ids(tmp_path, out=tmp_path / "out") == ["a", "c", "b", "f"]
     assert ids(tmp_path / "thumbs") == ["a"]
     assert ids(tmp_path, suffixes=["png", ".txt"]) == ["notes", "a"]
 
@@ -61,13 +61,6 @@ def test_slides_of_one_name_are_told_apart(tmp_path):
     found = ids(tmp_path)
     assert len({name.casefold() for name in found}) == len(found) == 8
     assert {"u.svs", "u.tif"} <= {name.split("__")[-1] for name in found}
-
-
-def test_names_made_longer_do_not_clash_in_turn():
-    entries = [Entry("x", f"/{a}/{b}/x.svs") for a in "ab" for b in "ab"]
-    assert [entry.id for entry in distinct(entries)] == ["a__a__x", "a__b__x", "b__a__x", "b__b__x"]
-    with pytest.raises(SettingsError, match="manifest"):
-        distinct([*entries, Entry("a__a__x", "/c/a__a__x.svs")])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Folders appear whole, and nothing that is not ours is touched."""
 
+import os
 from dataclasses import replace
 
 import pytest
 
-from gigavim.errors import OutputError
 from gigavim_pipelines.fingerprints import checksum
 from gigavim_pipelines.folders import Archive
 from gigavim_pipelines.record import Output, Record, record_name
@@ -64,15 +64,37 @@ def test_a_new_result_replaces_the_old_and_keeps_what_is_not_ours(archive):
     assert (archive.slides / "a/a.txt").read_text() == "two"
 
 
-def test_a_file_of_the_users_with_a_results_name_is_not_replaced_unasked(archive):
+def test_a_file_of_the_users_with_a_results_name_is_kept_beside_it(archive):
     (archive.slides / "a").mkdir()
     (archive.slides / "a/a.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no record says"):
-        finish(archive)
-    assert tree(archive) == ["a/a.txt"]
-    assert (archive.slides / "a/a.txt").read_text() == "mine"
-    finish(archive, overwrite=True)
+    (archive.slides / "a/a.txt.old").write_text("mine too")
+    assert archive.without_record("a") == "its record is missing"
+    finish(archive)
+    assert tree(archive) == ["a/a.done.json", "a/a.txt", "a/a.txt.old", "a/a.txt.old2"]
     assert (archive.slides / "a/a.txt").read_text() == "one"
+    assert (archive.slides / "a/a.txt.old").read_text() == "mine too"
+    assert (archive.slides / "a/a.txt.old2").read_text() == "mine"
+    finish(archive, overwrite=True)
+    assert tree(archive) == ["a/a.done.json", "a/a.txt", "a/a.txt.old", "a/a.txt.old2"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"format": "gigavim-batch/1"}', None])
+def test_without_a_good_record_only_a_slides_own_results_are_replaced(archive, damage):
+    finish(archive, name="old.txt")
+    (archive.slides / "a/notes").write_text("mine")
+    path = archive.slides / "a" / record_name("a")
+    path.unlink()
+    if damage is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(damage)
+    assert archive.record("a") is None
+    assert archive.without_record("a") == "its record is damaged"
+    with archive.staging("a", overwrite=False, own=["old.txt"]) as folder:
+        (folder / "a.txt").write_text("two")
+        record().write(folder / record_name("a"))
+    assert tree(archive) == ["a/a.done.json", "a/a.txt", "a/notes"]
+    assert archive.without_record("b") == ""
 
 
 def test_recovery_after_a_kill_at_any_moment(archive):

@@ -6,7 +6,8 @@ import pytest
 from gigavim.errors import OutputError
 from gigavim_pipelines.entries import Entry
 from gigavim_pipelines.failures import Failure
-from gigavim_pipelines.ledger import Ledger, ledger_path, read_ledgers
+from gigavim_pipelines.ledger import Ledger, read_ledgers
+from gigavim_pipelines.ledger_files import ledger_path
 from gigavim_pipelines.record import Output, Record
 from gigavim_pipelines.status import read_status, write_failed
 
@@ -20,7 +21,9 @@ def record(slide_id, started=100.0):
 
 
 def begin(ledger, run="run"):
-    ledger.begin_run(run, version="1", recipe="{}", command="gigavim", rerun="gigavim again")
+    ledger.begin_run(
+        run, version="1", recipe_name="r", recipe="{}", command="gigavim", rerun="gigavim again"
+    )
 
 
 @pytest.fixture
@@ -34,6 +37,7 @@ def out(tmp_path):
         ledger.done(record("a"), 1)
         ledger.tried("b", 1, Failure("I/O", "no"), "w", last=False)
         ledger.tried("b", 2, Failure("crash", "boom"), "w", last=True)
+    (tmp_path / "slides/a").mkdir(parents=True)
     return tmp_path
 
 
@@ -41,7 +45,7 @@ def test_status_tells_states_and_reasons(out):
     with Ledger(ledger_path(out, None)):
         status = read_status(out)
     assert status.at_work
-    assert status.counts == {"waiting": 1, "running": 1, "done": 1, "failed": 1}
+    assert status.counts == {"waiting": 1, "running": 1, "done": 1, "failed": 1, "removed": 0}
     assert status.reasons == {"crash": 1}
     assert [row["id"] for row in status.running] == ["c"]
     assert status.failed[0]["advice"]
@@ -52,7 +56,7 @@ def test_status_tells_states_and_reasons(out):
 def test_what_a_killed_run_had_begun_is_not_running(out):
     status = read_status(out)
     assert not status.at_work
-    assert status.counts == {"waiting": 2, "running": 0, "done": 1, "failed": 1}
+    assert status.counts == {"waiting": 2, "running": 0, "done": 1, "failed": 1, "removed": 0}
     assert status.seconds_left is None
 
 
@@ -91,6 +95,7 @@ def test_shards_have_ledgers_of_their_own_and_the_newest_word_counts(out):
         begin(ledger, "shard")
         ledger.wait([Entry("a", "/a.svs"), Entry("d", "/d.svs")])
         ledger.done(record("d", started=200.0), 1)
+    (out / "slides/d").mkdir()
     slides, runs = read_ledgers(out)
     states = {row["id"]: row["state"] for row in slides}
     assert states == {"a": "done", "b": "failed", "c": "running", "d": "done"}

@@ -59,7 +59,8 @@ def test_parquet(tmp_path):
         ("slide,mpp\na.svs,nan\n", ["row 2", "nan"]),
         ("slide,id\n,x\n", ["row 2", "missing"]),
         ("slide,id\na.svs,../x\n", ["row 2", "../x"]),
-        ("slide\na/s.svs\nb/s.svs\n", ["row 3", "row 2", "column `id`"]),
+        ("slide,id\na/s.svs,x\nb/s.svs,X\n", ["row 3", "row 2", "column `id`"]),
+        ("slide,mpp\na.svs,1e-9\n", ["row 2", "1e-9", "0.25"]),
     ],
 )
 def test_what_is_wrong_is_named_with_its_row(tmp_path, text, words):
