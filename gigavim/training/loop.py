@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gigavim.errors import ModelError, SettingsError
 from gigavim.model.segmentation import SegmentationModel, SideSum
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
+from gigavim.training.graphs import Batch, Gradients, Objective
 from gigavim.training.losses import segmentation_loss
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
@@ -28,10 +30,6 @@ Names = tuple[str, ...]
 Forward = Callable[[Tensor, int, Generator | None], Tensor]
 """Logits (B, classes, H, W) of normalised images (B, 3, H, W), of every n-th layer only; the
 generator draws what is left out at random."""
-Batch = tuple[Tensor, Tensor]
-"""Canvases (B, 3, H, W) float32, normalised, and labels (B, H, W) int64."""
-Objective = Callable[[Batch, int, Generator | None], Tensor]
-"""The loss of a batch, of every n-th layer only, with a generator for what is random in it."""
 
 
 @dataclass
@@ -83,7 +81,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def start(model: nn.Module, recipe: Recipe) -> Progress:
     """Begin a training."""
     groups = decay_groups(model, recipe.schedule.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.schedule.peak_rate, betas=(0.9, 0.98))
+    fused = next(model.parameters()).device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        groups, lr=recipe.schedule.peak_rate, betas=(0.9, 0.98), fused=fused
+    )
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     return Progress(0, recipe.schedule.steps, 0.0, optimizer, average)
 
@@ -140,11 +141,15 @@ def segmentation(forward: Forward, recipe: Recipe) -> Objective:
     """The objective of a recipe: its loss of the logits of canvases against their labels."""
     dice_classes = [recipe.class_names.index(name) for name in recipe.loss.dice_classes]
 
+    @cache
+    def class_weights(device: torch.device) -> Tensor:
+        return torch.tensor(recipe.loss.class_weights, device=device)
+
     def objective(batch: Batch, every: int, generator: Generator | None) -> Tensor:
         images, labels = batch
         with half_products(images.device):
             logits = forward(images, every, generator)
-        weights = torch.tensor(recipe.loss.class_weights, device=images.device)
+        weights = class_weights(images.device)
         return segmentation_loss(logits.float(), labels, weights, dice_classes)
 
     return objective
@@ -182,8 +187,11 @@ def train(
     if schedule.max_minutes is not None and progress.step == 0:
         progress.steps = 1_000_000_000  # until the speed is known
 
+    gradients = Gradients(objective, parameters)
+    state = model.state_dict()
+
     def work(worker: int) -> Worked:
-        return _work(objective, canvases, progress, parameters, worker + 64 * ranks.rank)
+        return _work(gradients, canvases, progress, worker + 64 * ranks.rank)
 
     with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
         while progress.step < progress.steps:
@@ -192,7 +200,7 @@ def train(
                 results = [work(0)]
             else:
                 results = list(pool.map(work, range(schedule.workers)))
-            loss = _apply(model, progress, recipe, names, parameters, results, ranks)
+            loss = _apply(state, progress, recipe, names, parameters, results, ranks)
             progress.step += 1
             duration = time.monotonic() - began
             progress.seconds += duration
@@ -220,13 +228,7 @@ def _prepare_thread() -> None:
     torch.set_flush_denormal(True)  # powers of small decays: denormals would cost a factor of 5
 
 
-def _work(
-    objective: Objective,
-    canvases: Canvases,
-    progress: Progress,
-    parameters: Sequence[nn.Parameter],
-    worker: int,
-) -> Worked:
+def _work(gradients: Gradients, canvases: Canvases, progress: Progress, worker: int) -> Worked:
     recipe, device = canvases.recipe, canvases.atlas.device
     schedule = Schedule(recipe.schedule, progress.steps)
     seed = (recipe.schedule.seed * 1_000_003 + progress.step) * 4096 + worker
@@ -235,14 +237,13 @@ def _work(
     blocks = schedule.canvas_blocks(progress.step, plan)
     shape = canvas_shape(blocks, plan)
     batch = canvases.draw(shape, max(1, recipe.schedule.batch_blocks // blocks), generator)
-    loss = objective(batch, schedule.every(progress.step), generator)
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    loss, grads = gradients(batch, schedule.every(progress.step), generator)
     pixels = batch[1].numel()
     return Worked(loss.item(), blocks, pixels, pixels // recipe.model.encoder.stride_px**2, grads)
 
 
 def _apply(
-    model: nn.Module,
+    state: dict[str, Tensor],
     progress: Progress,
     recipe: Recipe,
     names: Names,
@@ -270,7 +271,6 @@ def _apply(
     progress.optimizer.step()
     decay = min(recipe.schedule.average, (1 + progress.step) / (10 + progress.step))
     with torch.no_grad():
-        state = model.state_dict()
         averages = [progress.average[name] for name in state]
         torch._foreach_lerp_(averages, list(state.values()), 1 - decay)
     return sum(r.loss * r.pixels for r in results) / total

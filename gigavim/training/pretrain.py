@@ -21,6 +21,7 @@ from gigavim.training import loop
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
+from gigavim.training.graphs import Batch
 from gigavim.training.pack import Picture, split
 from gigavim.training.recipe import Recipe
 
@@ -52,7 +53,7 @@ class MaskedImages(nn.Module):
         shown = (
             images * (1 - hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2))[:, None]
         )
-        cells = grid_cells(rows, cols, order).to(images.device)
+        cells = grid_cells(rows, cols, order, images.device)
         marks = hidden.flatten(1)[:, cells, None]  # (B, L, 1), in scan order
         with loop.half_products(images.device):
             tokens = self.encoder.tokens(shown, order=order) + marks * self.mask_token
@@ -95,7 +96,7 @@ def pretrain(
     errors: list[float] = []
     since = time.monotonic()
 
-    def objective(batch: loop.Batch, every: int, generator: Generator | None) -> Tensor:
+    def objective(batch: Batch, every: int, generator: Generator | None) -> Tensor:
         return model.loss(batch[0], recipe, generator)
 
     def on_step(progress: loop.Progress, loss: float, tokens: int) -> bool:
