@@ -93,6 +93,6 @@ class Gradients:
 
 def _laid_out_as(parameter: Tensor, grad: Tensor) -> Tensor:
     """The gradient in its parameter's layout, which fused optimizers ask for."""
-    if grad.stride() == parameter.stride():
+    if grad.stride() == parameter.stride() and grad.dtype == parameter.dtype:
         return grad
     return torch.empty_like(parameter, requires_grad=False).copy_(grad)
