@@ -24,8 +24,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., width)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Normalise (..., width), in float32 where autocast has left less."""
+        return F.rms_norm(full_precision(x), self.weight.shape, self.weight, self.eps)
 
 
 class Mixer(nn.Module):
