@@ -12,12 +12,14 @@ from gigavim.model.card import ModelCard
 from gigavim.model.checkpoint import filled, load_model
 
 if TYPE_CHECKING:
+    import torch
+
     from gigavim.model.segmentation import SegmentationModel
     from gigavim.slides.base import Slide
 
 log = logging.getLogger(__name__)
 
-SLIDE_MODEL = "histo-nuclei-nano"
+SLIDE_MODEL, SMALL_SLIDE_MODEL = "histo-nuclei", "histo-nuclei-nano"
 RASTER_MODEL = "aerial-landcover"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -34,7 +36,7 @@ class Choice:
     """Why the model may be wrong for the slide; one sentence each."""
 
 
-def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
+def choose_model(slide: "Slide", settings: ModelSettings, device: "torch.device") -> Choice:
     """Load the model that the settings name, or the default for the kind of image; check the fit.
 
     A slide fits when its mpp is known and within the card's range. With `allow_mpp_mismatch` any
@@ -46,7 +48,7 @@ def choose_model(slide: "Slide", settings: ModelSettings) -> Choice:
         ModelError: no model fits, or it is not the slide's resolution or kind.
         MissingMppError: the slide does not state its mpp, and one is needed.
     """
-    name = settings.name if settings.name != "auto" else default_model(slide)
+    name = settings.name if settings.name != "auto" else default_model(slide, device)
     model, card = load_model(name)
     if settings.weights:
         model = load_other_weights(card, Path(settings.weights))
@@ -111,6 +113,8 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
     return filled(card, read_safetensors(path), path)
 
 
-def default_model(slide: "Slide") -> str:
-    """The shipped model for a kind of image."""
-    return SLIDE_MODEL if slide.georeference is None else RASTER_MODEL
+def default_model(slide: "Slide", device: "torch.device") -> str:
+    """The shipped model for a kind of image: for slides the small one, unless a GPU runs it."""
+    if slide.georeference is not None:
+        return RASTER_MODEL
+    return SLIDE_MODEL if device.type == "cuda" else SMALL_SLIDE_MODEL

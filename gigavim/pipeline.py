@@ -95,7 +95,7 @@ def prepare(slide: Slide, settings: Settings, *, scratch: Path | None, watch: St
     compute = settings.compute
     device = resolve_device(compute.device)
     precision = resolve_precision(compute.precision, device)
-    choice = choose_model(slide, settings.model)
+    choice = choose_model(slide, settings.model, device)
     config, threads = choice.model.encoder.config, compute.threads or usable_cores()
     grid = make_grid(
         slide,
