@@ -160,6 +160,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points), marker="o", label=name)
         axis.set(xlabel="side of an image, px", ylabel=key, xscale="log", yscale="log")
+        axis.minorticks_off()
+        sides = sorted({int(row["image"].split()[0]) for row in rows})
+        axis.set_xticks(sides, [str(side) for side in sides])
         axis.grid(visible=True, alpha=0.3)
     axes[0].legend()
     figure.tight_layout()

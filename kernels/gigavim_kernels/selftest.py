@@ -131,11 +131,12 @@ def leaves(
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Keep float32 products from being rounded to TF32."""
+    """Keep float32 products and convolutions from being rounded to TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
