@@ -54,6 +54,25 @@ def test_the_limit_decides_between_ram_and_disk(make_block, big_disk):
     assert plan(make_block, 2_000_000, other_bytes=3 * GB).location == "disk"
 
 
+@pytest.mark.parametrize("gb", [1, 10, 40, 70])
+def test_a_gpu_sweeps_in_as_few_pieces_as_its_memory_allows(make_block, monkeypatch, gb):
+    monkeypatch.setattr("gigavim.engine.plan.backend_name", lambda device: "triton")
+    monkeypatch.setattr(memory, "available_memory", lambda: 100 * GB)
+    limits = {"device": "meta", "max_gpu_memory_bytes": gb * GB, "max_memory_bytes": 40 * GB}
+    chunks = [plan(make_block, length, **limits).chunk for length in (1000, 900_000, 6_000_000)]
+    found = plan(make_block, 6_000_000, **limits)
+    assert found.device_bytes <= gb * GB
+    assert chunks[0] >= 1000
+    assert all(chunk * 768 <= 1 << 31 for chunk in chunks)
+    if gb >= 40:
+        assert chunks[1] == 900_000
+        assert found.location == "device"
+        pieces = -(-6_000_000 // chunks[2])
+        longer = -(-6_000_000 // (pieces - 1))
+        room = longer * 768 > 1 << 31 or longer * 27_600 + 6_000_000 * 768 > gb * GB * 0.9
+        assert room, "one piece less would have fitted"
+
+
 @pytest.mark.parametrize(
     ("device_gb", "ram_gb", "location"), [(40, 4, "device"), (10, 40, "ram"), (10, 4, "disk")]
 )
