@@ -166,7 +166,8 @@ def estimate_seconds(
     """Time of `depth` blocks like `kernel` over `length` tokens, from a run on random rows.
 
     Each of the two calls of a block is timed on one chunk of the kernel's choice (at most 4,096
-    tokens on a CPU), the best of three after one to warm up. Other work on the machine and slow memory are not in it.
+    tokens on a CPU), the best of three after one to warm up. Other work on the machine and slow
+    memory are not in it.
     """
     tokens = min(chunk, length, CALIBRATION_TOKENS if device.type == "cpu" else kernel.chunk)
     if tokens == 0:
