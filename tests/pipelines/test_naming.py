@@ -22,7 +22,9 @@ def make(folder, *names):
 
 def ids(*slides, known=None):
     """Ids by path of slides that are called by their file's name."""
-    entries = [Entry(safe_id(slide.rsplit("/", 1)[-1].rsplit(".", 1)[0]), slide) for slide in slides]
+    entries = [
+        Entry(safe_id(slide.rsplit("/", 1)[-1].rsplit(".", 1)[0]), slide) for slide in slides
+    ]
     return {entry.slide: entry.id for entry in name_slides(entries, known)}
 
 
