@@ -93,7 +93,8 @@ def name_slides(entries: Iterable[Entry], known: Known | None = None) -> list[En
     proposed = _proposed(listed, set(taken))
     names = {entry.slide: entry.id for entry in listed if entry.given}
     for entry in listed:
-        name = known.by_slide.get(as_text(entry.slide))
+        # Names that are no UTF-8 are not known by what a ledger can hold of them.
+        name = known.by_slide.get(entry.slide)
         if name is not None and entry.slide not in names and name.casefold() not in taken:
             names[entry.slide] = name
             taken[name.casefold()] = entry
@@ -143,8 +144,8 @@ def _proposed(entries: Sequence[Entry], taken: set[str]) -> dict[str, str]:
 def _numbered(entry: Entry) -> Iterator[str]:
     """Ids with digits of the path's checksum: there is always another one."""
     for salt in count():
-        text = as_text(entry.slide) + (str(salt) if salt else "")
-        yield safe_id(f"{entry.id[:150]}-{sha256(text.encode()).hexdigest()[:8]}")
+        name = os.fsencode(entry.slide) + (str(salt).encode() if salt else b"")
+        yield safe_id(f"{entry.id[:150]}-{sha256(name).hexdigest()[:8]}")
 
 
 def _candidates(group: Sequence[Entry]) -> Iterator[list[str]]:

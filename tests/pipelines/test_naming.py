@@ -1,5 +1,6 @@
 """Ids stay as they are, whatever comes to an archive later."""
 
+import os
 import shutil
 
 import pytest
@@ -117,3 +118,18 @@ def test_a_moved_archive_keeps_its_ids_and_another_one_gets_its_own(run, faulty,
     folders = sorted(path.name for path in (tmp_path / "out/slides").iterdir())
     assert folders == ["1", "2", "other__1"]
     assert (tmp_path / "out/slides/1/1.txt").read_text().startswith("fine")
+
+
+def test_names_that_are_no_utf8_stay_apart_and_stay(run, faulty, tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in (b"a\xe8.svs", b"a\xe9.svs"):
+        (folder / os.fsdecode(name)).write_text(f"fine {name[1]}")
+    command = ("batch", faulty, "slides", "-o", "out", "--workers", 1)
+    assert "2 slides done" in run(*command).err
+    folders = sorted(path.name for path in (tmp_path / "out/slides").iterdir())
+    assert len(folders) == 2
+    assert "0 to do, 2 done before" in run(*command).err
+    make(tmp_path, "slides/deep/x.svs")
+    assert "1 to do, 2 done before" in run(*command).err
+    assert folders == sorted(path.name for path in (tmp_path / "out/slides").glob("a*"))
