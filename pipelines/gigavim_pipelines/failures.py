@@ -78,7 +78,7 @@ _KINDS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def classify(error: Exception, *, detail: str = "") -> Failure:
+def classify(error: BaseException, *, detail: str = "") -> Failure:
     """The failure that an exception of a slide's task means."""
     # Names of files in it may be no UTF-8, which neither ledger nor log can hold.
     message, detail = as_text(_text(error)), as_text(detail)
@@ -97,7 +97,7 @@ def classify(error: Exception, *, detail: str = "") -> Failure:
     return Failure("defect", f"{type(error).__name__}: {message}", detail)
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     """An error's message; of the system's own, the file first and no number."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"

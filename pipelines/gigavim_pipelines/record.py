@@ -62,7 +62,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write as JSON, safe on the disk; the caller makes it appear whole."""
-        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY
+        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
         with path.open("wb") as file:
             file.write(orjson.dumps(asdict(self), option=options, default=str))
             file.flush()

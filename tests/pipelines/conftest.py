@@ -38,9 +38,24 @@ def run(path, *, settings, stem, progress):
     elif word == "slow":
         (Path(rest[1]) / f"{stem}.{os.getpid()}").touch()
         time.sleep(float(rest[0]))
+    elif word == "exit":
+        raise SystemExit(0)
+    elif word == "interrupt":
+        raise KeyboardInterrupt
+    elif word == "nothing":
+        return None
+    elif word == "outside":
+        return SimpleNamespace(outputs={"x": Path(path)}, summary={})
     out = folder / f"{stem}.txt"
+    summary = {"word": word}
+    if word == "odd":
+        summary = {
+            1: {2}, "classes": [{"name": "a", "fraction": float("nan")}, {"fraction": 1}, "abc"],
+            "tokens": "many", "coverage": [1], "warnings": 5, "mpp": float("inf"), "width_px": 1e30,
+            "map": "none", "saturation": "high",
+        }
     out.write_text(f"{word} {settings.input.slide_mpp} {settings.tokens.tissue}")
-    return SimpleNamespace(outputs={"text": out}, summary={"word": word})
+    return SimpleNamespace(outputs={"text": out}, summary=summary)
 '''
 RECIPE = """
 [recipe]

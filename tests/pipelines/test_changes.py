@@ -195,3 +195,20 @@ def test_what_is_wrong_with_a_slides_files_is_said(run, faulty, make_slides, tmp
     result = run("batch", "pipe.toml", slides, "-o", "other")
     assert result.code == 1
     assert "pipe.toml: is no regular file" in result.err
+
+
+def test_whatever_a_task_of_ones_own_does_costs_its_slide_only(run, faulty, make_slides, tmp_path):
+    words = ("exit", "interrupt", "nothing", "outside")
+    make_slides(fine="fine", odd="odd", **{word: word for word in words})
+    result = run("batch", faulty, "slides", "-o", "out", "--workers", 1, "--json")
+    assert result.code == 3, result.err
+    told = json.loads(result.out)
+    assert {item["id"]: item["reason"] for item in told["failed"]} == dict.fromkeys(words, "defect")
+    errors = {item["id"]: item["error"] for item in told["failed"]}
+    assert "SystemExit" in errors["exit"]
+    assert "'x'" in errors["outside"]
+    rows = index(tmp_path / "out")
+    assert rows["odd"]["state"] == "done"
+    assert rows["odd"]["fraction a"] == rows["odd"]["width_px"] == rows["odd"]["tokens"] == ""
+    assert "odd" in (tmp_path / "out/report.html").read_text()
+    assert run("status", "out").code == 3
