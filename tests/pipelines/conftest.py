@@ -59,7 +59,7 @@ def run(path, *, settings, stem, progress):
 '''
 RECIPE = """
 [recipe]
-task = "faulty:run"
+task = "{name}:run"
 [batch]
 timeout = "60s"
 retry_wait = "0.1s"
@@ -68,17 +68,28 @@ tries = 2
 
 
 @pytest.fixture
-def faulty(tmp_path, monkeypatch) -> Path:
-    """A recipe for slides that are text files; workers find its task as they would a user's."""
+def own_task(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
+    """Make a recipe of a task of one's own, by the source of a module with a function `run`."""
     folder = tmp_path / "plugin"
     folder.mkdir()
-    (folder / "faulty.py").write_text(FAULTY)
+    # Workers find it as they would a user's.
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     monkeypatch.syspath_prepend(str(folder))
-    sys.modules.pop("faulty", None)
-    path = tmp_path / "faulty.toml"
-    path.write_text(RECIPE)
-    return path
+
+    def make(name: str, source: str) -> Path:
+        (folder / f"{name}.py").write_text(source)
+        sys.modules.pop(name, None)
+        path = tmp_path / f"{name}.toml"
+        path.write_text(RECIPE.format(name=name))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def faulty(own_task) -> Path:
+    """A recipe for slides that are text files, whose first words say what becomes of them."""
+    return own_task("faulty", FAULTY)
 
 
 @pytest.fixture

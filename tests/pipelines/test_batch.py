@@ -326,6 +326,8 @@ def wait_for(folder: Path, pattern: str, seconds: float = 30) -> list[Path]:
         (["segment", "x.svs", "--model", "no-such"], 1, ["no-such"]),
         (["segment", "x.svs", "-o", "x.svs"], 1, ["x.svs"]),
         (["segment", "x.svs", "-o", "s3://bucket/out"], 2, ["local folder"]),
+        (["segment", "x.svs", "-o", ""], 2, ["-o", "variable"]),
+        (["segment", "x.svs", ""], 2, ["ARCHIVE", "variable"]),
         (["segment", "twice.csv"], 1, ["twice.csv, row 3", "row 2"]),
     ],
 )

@@ -58,11 +58,8 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def fat(faulty, tmp_path):
-    (tmp_path / "plugin/fat.py").write_text(FAT)
-    path = tmp_path / "fat.toml"
-    path.write_text('[recipe]\ntask = "fat:run"\n[batch]\nretry_wait = "0.1s"\n')
-    return path
+def fat(own_task):
+    return own_task("fat", FAT)
 
 
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(

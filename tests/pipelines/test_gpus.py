@@ -33,11 +33,8 @@ GPUS = ("GPU-11111111", "GPU-22222222")
 
 
 @pytest.fixture
-def gpu_recipe(faulty, tmp_path):
-    (tmp_path / "plugin/ongpu.py").write_text(TASK)
-    path = tmp_path / "ongpu.toml"
-    path.write_text('[recipe]\ntask = "ongpu:run"\n')
-    return path
+def gpu_recipe(own_task):
+    return own_task("ongpu", TASK)
 
 
 @pytest.fixture
