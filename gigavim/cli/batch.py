@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     "--results-dir",
     "--job-dir",
     "output",
-    type=click.Path(path_type=Path),
-    default=Path("gigavim_out"),
+    default="gigavim_out",
     callback=batch_options.local_folder,
     show_default=True,
     metavar="DIR",
@@ -117,6 +116,8 @@ def command(
         return 0
     if recipe is None or not archives:
         raise click.UsageError("give a RECIPE and at least one ARCHIVE, or --list.")
+    if not all(archive.strip() for archive in archives):
+        raise click.UsageError("an ARCHIVE is empty: is a variable of your shell not set?")
     return _run(_recipe(recipe, flags), recipe, archives, flags, ctx, as_json=as_json)
 
 

@@ -20,13 +20,15 @@ NOT_AGAIN = frozenset(
 """Parameters that say nothing of how failed slides are to be run again."""
 
 
-def local_folder(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
-    """Refuse a URL, which would become a folder of that name."""
-    if re.match(r"[a-z0-9+]{2,}:/", value.as_posix()):
+def local_folder(ctx: click.Context, param: click.Parameter, value: str) -> Path:
+    """A folder; a URL would become one of that name, and nothing at all the current one."""
+    if not value.strip():
+        raise click.BadParameter("it is empty: is a variable of your shell not set?", ctx, param)
+    if re.match(r"[a-z0-9+]{2,}:/", value):
         raise click.BadParameter(
             "results are written to a local folder; copy it to a URL afterwards", ctx, param
         )
-    return value
+    return Path(value)
 
 
 def span(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +41,13 @@ def plan_local(recipe: Recipe) -> LocalPlan:
     """Decide on workers: one per GPU where the recipe's network may use them, else by cores.
 
     Raises:
-        SettingsError: `batch.worker_memory` is no size.
+        SettingsError: `batch.worker_memory` is no size, or the device named is not there.
     """
-    from gigavim.engine.devices import usable_cores
+    from gigavim.engine.devices import resolve_device, usable_cores
 
     batch, cores = recipe.batch, usable_cores()
+    if recipe.uses_model and recipe.compute.device != "auto":
+        resolve_device(recipe.compute.device)
     gpus = _gpus(recipe) if recipe.uses_model else ()
     memory = int(DEFAULT_SHARE * available_memory())
     workers = batch.workers or len(gpus)
@@ -77,6 +79,9 @@ def local_client(plan: LocalPlan, *, dashboard: str | None = None) -> Iterator["
     Args:
         plan: the workers.
         dashboard: where dask shows its dashboard, such as ":8787"; None for nowhere.
+
+    Raises:
+        ResourceError: they do not start.
     """
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
@@ -112,11 +117,19 @@ def local_client(plan: LocalPlan, *, dashboard: str | None = None) -> Iterator["
             "host": "127.0.0.1",
         },
     }
-    with (
-        dask.config.set(config),
-        SpecCluster(workers=workers, scheduler=scheduler, name="gigavim") as cluster,
-        Client(cluster) as client,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(config))
+        try:
+            cluster = SpecCluster(workers=workers, scheduler=scheduler, name="gigavim")
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster))
+        # What dask makes of any error at all.
+        except (OSError, RuntimeError, ValueError) as error:
+            where = f" Is {dashboard} an address of this machine?" if dashboard else ""
+            raise ResourceError(
+                f"workers cannot be started on this machine: {error}.{where} The same command with"
+                " -v says more."
+            ) from error
         yield client
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gigavim import errors
 from gigavim.names import as_text
+from gigavim.outputs.atomic import FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ ADVICE = {
     "slide": "see the message",
     "permission": "let the user that runs the workers read it (of a URL: check the credentials)",
     "model": "see the message",
-    "settings": "correct the recipe",
+    "settings": "correct the recipe, or the slide's row in the manifest",
     "memory": "raise --worker-memory, use fewer --workers, or a smaller compute.max_memory",
     "disk": "free some space or choose another output folder",
     "output": "see the message",
@@ -59,7 +60,6 @@ _PASSING = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)}
 _DENIED = {errno.EACCES, errno.EPERM}
 
 _KINDS: tuple[tuple[type[Exception], str], ...] = (
@@ -78,13 +78,13 @@ _KINDS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def classify(error: Exception, *, detail: str = "") -> Failure:
+def classify(error: BaseException, *, detail: str = "") -> Failure:
     """The failure that an exception of a slide's task means."""
     # Names of files in it may be no UTF-8, which neither ledger nor log can hold.
     message, detail = as_text(_text(error)), as_text(detail)
     chain = list(_causes(error))
     numbers = {item.errno for item in chain if isinstance(item, OSError)}
-    if numbers & _FULL:
+    if numbers & FULL.keys():
         return Failure("disk", message, detail)
     passing = any(isinstance(item, ConnectionError | TimeoutError) for item in chain)
     if passing or numbers & _PASSING:
@@ -97,7 +97,7 @@ def classify(error: Exception, *, detail: str = "") -> Failure:
     return Failure("defect", f"{type(error).__name__}: {message}", detail)
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     """An error's message; of the system's own, the file first and no number."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"

@@ -39,7 +39,8 @@ class Archive:
 
     def record(self, slide_id: str) -> Record | None:
         """The record of a finished slide."""
-        return Record.read(self.slides / slide_id / record_name(slide_id))
+        record = Record.read(self.slides / slide_id / record_name(slide_id))
+        return record if record is not None and record.id == slide_id else None
 
     def ids(self) -> set[str]:
         """Ids of the slides that have a folder."""
@@ -127,7 +128,7 @@ class Archive:
 
 def _own(record: Record) -> set[str]:
     """Names in a slide's folder that are a run's."""
-    return {name for output in record.outputs.values() for name in Path(output.path).parts[:1]}
+    return {Path(output.path).parts[0] for output in record.outputs.values()}
 
 
 def _free_name(path: Path) -> Path:

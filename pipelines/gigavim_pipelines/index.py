@@ -1,6 +1,7 @@
 """The index of an archive: one row per slide, for analysts, as csv and as parquet."""
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,21 +91,39 @@ def _facts(archive: Archive, record: Record) -> Iterator[tuple[str, Any]]:
               if kind in record.outputs]  # fmt: skip
     if stores:
         yield "store", f"slides/{record.id}/{stores[0]}"
-    size = summary.get("map") or summary
-    yield "width_px", size.get("width_px")
-    yield "height_px", size.get("height_px")
-    yield "mpp", size.get("mpp_x", size.get("mpp"))
-    tokens = summary.get("tokens")
-    yield "tokens", tokens.get("count") if isinstance(tokens, dict) else tokens
-    yield "unreadable_fraction", (summary.get("coverage") or {}).get("unreadable")
-    yield "warnings", "; ".join(map(str, summary.get("warnings") or [])) or None
-    for entry in summary.get("classes") or []:
-        for key, value in entry.items():
-            if key in ("fraction", "area_mm2", "area_ha"):
-                yield f"{key} {entry['name']}", value
+    size = _mapping(summary.get("map")) or summary
+    tokens, coverage = summary.get("tokens"), _mapping(summary.get("coverage"))
+    yield "width_px", _whole(size.get("width_px"))
+    yield "height_px", _whole(size.get("height_px"))
+    yield "mpp", _number(size.get("mpp_x", size.get("mpp")))
+    yield "tokens", _whole(_mapping(tokens).get("count") if isinstance(tokens, dict) else tokens)
+    yield "unreadable_fraction", _number(coverage.get("unreadable"))
+    yield "warnings", "; ".join(map(str, _listed(summary.get("warnings")))) or None
+    for entry in map(_mapping, _listed(summary.get("classes"))):
+        for key in ("fraction", "area_mm2", "area_ha"):
+            if "name" in entry and key in entry:
+                yield f"{key} {entry['name']}", _number(entry[key])
     for key in _QUALITY:
         if key in summary:
-            yield key, summary[key]
+            yield key, _number(summary[key])
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A part of a summary, which may be that of anybody's task: empty if it is no mapping."""
+    return value if isinstance(value, dict) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None or abs(number) >= 1 << 63 else int(number)
 
 
 def _column(pyarrow: Any, rows: list[Row], name: str) -> Any:

@@ -23,6 +23,7 @@ from gigavim_pipelines.ledger_files import (
     BusyError,
     claim,
     explained,
+    has_tables,
     ledger_paths,
     open_for_reading,
     open_for_writing,
@@ -196,15 +197,14 @@ def read_ledgers(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     that its archive no longer has is told only if there are results of it.
 
     Raises:
-        OutputError: there is no ledger, or one cannot be read.
+        OutputError: a ledger cannot be read.
     """
-    paths = ledger_paths(out)
-    if not paths:
-        raise OutputError(f"{out}: holds no ledger, so no batch ran there; name a run's -o folder.")
     slides: dict[str, dict[str, Any]] = {}
     runs: list[dict[str, Any]] = []
-    for path in paths:
+    for path in ledger_paths(out):
         with open_for_reading(path) as db:
+            if not has_tables(db):  # the disk was full when it was to be made
+                continue
             for found in db.execute("SELECT * FROM slides"):
                 row = dict(found)
                 known = slides.get(row["id"])

@@ -105,11 +105,16 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
 def check_version(path: Path, db: sqlite3.Connection) -> None:
     """`OutputError` for tables that are not those of this version."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if tables and version != VERSION:
+    if has_tables(db) and version != VERSION:
         raise OutputError(
             f"{path}: is the ledger of another version of gigavim. Move it away. {_AGAIN}"
         )
+
+
+def has_tables(db: sqlite3.Connection) -> bool:
+    """Whether anything is in a database."""
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return bool(tables)
 
 
 def claim(path: Path, *, timeout_s: float = 1.0) -> sqlite3.Connection:

@@ -7,14 +7,16 @@
    come in front as tell them apart: `a/1.svs` and `b/1.svs` become `a__1` and `b__1`; then the
    ending: `1.svs` and `1.tif`; at last eight digits of the SHA-256 of the slide's path.
 
-The third rule looks at the slides only, all of them, so that the shards of a run agree.
+The third rule looks at all slides of the archive, known or not, so that the shards of a run, of
+which one may have noted some already when the next begins, agree.
 """
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 from gigavim.errors import SettingsError
@@ -24,7 +26,6 @@ from gigavim_pipelines.entries import Entry, is_remote, safe_id
 from gigavim_pipelines.fingerprints import same_input
 from gigavim_pipelines.folders import Archive
 from gigavim_pipelines.ledger import read_ledgers
-from gigavim_pipelines.ledger_files import ledger_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Known:
 
 def known_names(out: Path) -> Known:
     """The ids that runs into an output folder gave, by its ledgers and records."""
-    archive, rows = Archive(out), read_ledgers(out)[0] if ledger_paths(out) else []
+    archive, rows = Archive(out), read_ledgers(out)[0]
     named = [(str(row["slide"]), str(row["id"]), row["state"] == "done") for row in rows]
     unknown = archive.ids() - {name for _, name, _ in named}
     found = ((archive.record(name), name) for name in sorted(unknown))
@@ -89,21 +90,28 @@ def name_slides(entries: Iterable[Entry], known: Known | None = None) -> list[En
                 f"{entry.slide}: the id {entry.id!r} is that of {taken[entry.id.casefold()].slide}"
                 " too; give each slide its own in the manifest's column `id`."
             )
+    proposed = _proposed(listed, set(taken))
     names = {entry.slide: entry.id for entry in listed if entry.given}
     for entry in listed:
-        name = known.by_slide.get(as_text(entry.slide))
+        # Names that are no UTF-8 are not known by what a ledger can hold of them.
+        name = known.by_slide.get(entry.slide)
         if name is not None and entry.slide not in names and name.casefold() not in taken:
             names[entry.slide] = name
             taken[name.casefold()] = entry
+    new = sorted((entry for entry in listed if entry.slide not in names), key=lambda one: one.slide)
 
-    def is_free(name: str, entry: Entry) -> bool:
-        return name.casefold() not in taken and not known.holds(name, entry)
-
-    for group in _of_one_name(listed):
-        for entry, name in zip(group, _told_apart(group, names, is_free), strict=True):
-            if entry.slide not in names:
+    def keep(entry: Entry, candidates: Iterable[str]) -> None:
+        for name in candidates:
+            if name.casefold() not in taken and not known.holds(name, entry):
                 names[entry.slide] = name
                 taken[name.casefold()] = entry
+                return
+
+    for entry in new:
+        keep(entry, [proposed[entry.slide]])
+    for entry in new:
+        if entry.slide not in names:
+            keep(entry, chain((one[0] for one in _candidates([entry])), _numbered(entry)))
     return [replace(entry, id=names[entry.slide]) for entry in listed]
 
 
@@ -114,27 +122,30 @@ def slide_exists(slide: str) -> bool:
     return remote.exists(slide) if is_remote(slide) else os.path.lexists(slide)
 
 
-def _of_one_name(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Entries that are called the same, in an order that is always the same; single ones first."""
+def _proposed(entries: Sequence[Entry], taken: set[str]) -> dict[str, str]:
+    """Different ids for the slides that are given none, by slide; `taken` ones are left out."""
     groups: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(entries, key=lambda entry: entry.slide):
         if not entry.given:
             groups[entry.id.casefold()].append(entry)
-    return sorted(groups.values(), key=len)
+    found: dict[str, str] = {}
+    # Those that have their name alone come first, and keep it.
+    for group in sorted(groups.values(), key=len):
+        numbered = zip(*map(_numbered, group), strict=True)
+        for names in chain(_candidates(group), map(list, numbered)):
+            folded = {name.casefold() for name in names}
+            if len(folded) == len(names) and not folded & taken:
+                break
+        found |= {entry.slide: name for entry, name in zip(group, names)}
+        taken |= folded
+    return found
 
 
-def _told_apart(
-    group: Sequence[Entry], names: dict[str, str], is_free: Callable[[str, Entry], bool]
-) -> list[str]:
-    """Ids for slides of one name; those with an id in `names` are only looked at."""
-    for found in _candidates(group):
-        new = [(one, entry) for one, entry in zip(found, group) if entry.slide not in names]
-        if len({one.casefold() for one in found}) == len(found) and all(
-            is_free(one, entry) for one, entry in new
-        ):
-            return found
-    digests = [sha256(as_text(entry.slide).encode()).hexdigest()[:8] for entry in group]
-    return [safe_id(f"{entry.id[:150]}-{digest}") for entry, digest in zip(group, digests)]
+def _numbered(entry: Entry) -> Iterator[str]:
+    """Ids with digits of the path's checksum: there is always another one."""
+    for salt in count():
+        name = os.fsencode(entry.slide) + (str(salt).encode() if salt else b"")
+        yield safe_id(f"{entry.id[:150]}-{sha256(name).hexdigest()[:8]}")
 
 
 def _candidates(group: Sequence[Entry]) -> Iterator[list[str]]:

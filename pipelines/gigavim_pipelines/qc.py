@@ -184,8 +184,12 @@ def _spread(tissue: TissueMask) -> list[tuple[float, float]]:
 
 
 def _field(slide: Slide, x_level0: float, y_level0: float) -> tuple[RGB, bool]:
-    """Pixels around a place at 0.5 um, finer only if the slide is coarser; whether unreadable."""
-    scale = 1.0 if slide.mpp is None else max(FIELD_MPP / slide.mpp.x, 1.0)
+    """Pixels around a place at 0.5 um, finer only if the slide is coarser; whether unreadable.
+
+    Of a slide that is smaller than a field, by what it or its owner says of its mpp, all of it.
+    """
+    whole = max(slide.bounds.width_level0, slide.bounds.height_level0) / FIELD_PX
+    scale = 1.0 if slide.mpp is None else max(min(FIELD_MPP / slide.mpp.x, whole), 1.0)
     half = FIELD_PX * scale / 2
     pixels, bad = slide.read_salvage(
         round(x_level0 - half), round(y_level0 - half), FIELD_PX, FIELD_PX, scale_xy=(scale, scale)

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import json
 import logging
+import re
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ TASKS = {
     "qc": Task("gigavim_pipelines.qc:check_quality", False),
 }
 
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,4})?")
 # Settings that change how fast or where, and not what comes out.
 _IMMATERIAL = {
     "compute": ("device", "threads", "max_memory", "max_gpu_memory", "scratch_dir"),
@@ -109,9 +111,13 @@ class Recipe(Settings):
         """Find out before the first slide what would make every slide fail.
 
         Raises:
-            SettingsError: the task, a size or the tissue file named is none.
+            SettingsError: the task, device, a size or the tissue file named is none.
         """
         self.function()
+        if not _DEVICE.fullmatch(self.compute.device):
+            raise SettingsError(
+                f"compute.device = {self.compute.device!r}: use auto, cpu, cuda, cuda:1 or mps."
+            )
         for key in ("max_memory", "max_gpu_memory"):
             try:
                 checked_size(getattr(self.compute, key))

@@ -6,10 +6,12 @@ that was lost, or not yet told when everything was killed, is made good from the
 
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any
 
 import orjson
+from pydantic import TypeAdapter
 
 FORMAT = "gigavim-batch/1"
 MOST_BYTES = 1 << 26
@@ -60,26 +62,35 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write as JSON, safe on the disk; the caller makes it appear whole."""
-        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY
+        options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
         with path.open("wb") as file:
             file.write(orjson.dumps(asdict(self), option=options, default=str))
             file.flush()
             os.fsync(file.fileno())
 
-    @classmethod
-    def read(cls, path: Path) -> Self | None:
+    @staticmethod
+    def read(path: Path) -> "Record | None":
         """Read a record; None where there is none, or none that this version understands."""
         try:
             # A pipe of that name would be waited for.
             if not path.is_file() or path.stat().st_size > MOST_BYTES:
                 return None
-            values = orjson.loads(path.read_bytes())
-            if values["format"] != FORMAT:
-                return None
-            outputs = {kind: Output(**output) for kind, output in values["outputs"].items()}
-            return cls(**{**values, "outputs": outputs})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            record = _checked().validate_json(path.read_bytes(), strict=True)
+        except (OSError, ValueError):
             return None
+        inside = all(_is_inside(output.path) for output in record.outputs.values())
+        return record if record.format == FORMAT and inside else None
+
+
+@cache
+def _checked() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path stays in the folder that it is counted from."""
+    parts = PurePath(path).parts
+    return bool(parts) and not PurePath(path).is_absolute() and ".." not in parts
 
 
 def record_name(slide_id: str) -> str:

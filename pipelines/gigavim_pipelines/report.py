@@ -65,8 +65,9 @@ def write_report(out: Path, rows: list[Row]) -> Path:
 
 def _cards(status: Status, rows: list[Row]) -> list[tuple[str, str]]:
     """Figures at a glance: (what, how much)."""
-    seconds = sum(row["seconds"] or 0 for row in rows if row["state"] == "done")
-    pixels = sum((row.get("width_px") or 0) * (row.get("height_px") or 0) for row in rows)
+    done = [row for row in rows if row["state"] == "done"]
+    seconds = sum(row["seconds"] or 0 for row in done)
+    pixels = sum((row.get("width_px") or 0) * (row.get("height_px") or 0) for row in done)
     cards = [("slides", f"{status.slides:,}"), ("done", f"{status.counts['done']:,}")]
     cards += [("failed", f"{status.counts['failed']:,}")]
     left = status.counts["waiting"] + status.counts["running"]
@@ -88,12 +89,14 @@ def _classes(rows: list[Row]) -> list[str]:
 
 
 def _totals(rows: list[Row], classes: list[str]) -> list[dict[str, Any]]:
-    """Each class's area over the archive, and the mean of its shares."""
-    totals = []
+    """Each class's area over what the archive has, and the mean of its shares."""
+    totals, rows = [], [row for row in rows if row["state"] == "done"]
     for name in classes:
         shares = [
             row[f"fraction {name}"] for row in rows if row.get(f"fraction {name}") is not None
         ]
+        if not shares:
+            continue
         areas = {
             unit: sum(row.get(f"area_{key} {name}") or 0 for row in rows)
             for key, unit in (("mm2", "mm²"), ("ha", "ha"))

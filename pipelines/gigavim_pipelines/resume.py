@@ -12,7 +12,6 @@ from gigavim_pipelines.entries import Entry
 from gigavim_pipelines.fingerprints import checksum, modified_ns, same_input, total_bytes
 from gigavim_pipelines.folders import Archive
 from gigavim_pipelines.ledger import read_ledgers
-from gigavim_pipelines.ledger_files import ledger_paths
 from gigavim_pipelines.naming import slide_exists
 from gigavim_pipelines.recipe import Identity
 from gigavim_pipelines.record import Record, record_name
@@ -97,8 +96,6 @@ def _judge(entry: Entry, archive: Archive, recipe: Identity, verify: bool) -> Ve
 
 def _refuse_other_recipe(archive: Archive, recipe: Identity) -> None:
     """`OutputError` if the latest run that left results here had another recipe."""
-    if not ledger_paths(archive.root):
-        return
     rows, runs = read_ledgers(archive.root)
     name = runs[-1]["recipe_name"] if runs else recipe.name
     if name != recipe.name and any(row["state"] in ("done", "removed") for row in rows):

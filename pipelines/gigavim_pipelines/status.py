@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from gigavim.errors import OutputError
 from gigavim_pipelines.ledger import at_work, read_ledgers
 from gigavim_pipelines.tables import write_csv
 
@@ -75,6 +76,8 @@ def read_status(out: Path) -> Status:
         OutputError: no batch ran there, or a ledger cannot be read.
     """
     slides, runs = read_ledgers(out)
+    if not runs:
+        raise OutputError(f"{out}: holds no ledger, so no batch ran there; name a run's -o folder.")
     busy = at_work(out)
     if busy is None:
         busy = any(run["ended"] is None and _may_live(run) for run in runs)

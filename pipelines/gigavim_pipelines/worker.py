@@ -91,7 +91,8 @@ def run_slide(job: Job) -> Outcome:
                 outcome = Outcome(record=_record(job, me), worker=me)
         except BegunBeforeError:
             outcome = Outcome(begun_before=True, worker=me)
-        except Exception as error:
+        # In this thread an exit or an interrupt is the task's own, and costs its slide only.
+        except BaseException as error:
             failure = classify(error, detail=traceback.format_exc())
             outcome = Outcome(failure=failure, worker=me)
         _recycle(job.recycle_after)
@@ -116,7 +117,7 @@ def _record(job: Job, me: str) -> Record:
         fingerprint = input_fingerprint(entry)
         result = _run_task(job, folder)
         made = add_thumbnail(result.outputs, folder, entry.id)
-        outputs = {kind: _output(path, folder) for kind, path in made.items()}
+        outputs = {kind: _output(kind, path, folder) for kind, path in made.items()}
         record = Record(
             id=entry.id,
             slide=as_text(entry.slide),
@@ -162,8 +163,11 @@ def _local(name: str, folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _output(path: Path, folder: Path) -> Output:
-    inside = Path(path).absolute().relative_to(folder.absolute())
+def _output(kind: str, path: Path, folder: Path) -> Output:
+    path = Path(path).absolute()
+    if not (path.is_relative_to(folder.absolute()) and path.exists()):
+        raise ValueError(f"the task says that {kind!r} is {path}, which is not in its folder")
+    inside = path.relative_to(folder.absolute())
     return Output(inside.as_posix(), total_bytes(path), checksum(path))
 
 

@@ -38,13 +38,28 @@ def run(path, *, settings, stem, progress):
     elif word == "slow":
         (Path(rest[1]) / f"{stem}.{os.getpid()}").touch()
         time.sleep(float(rest[0]))
+    elif word == "exit":
+        raise SystemExit(0)
+    elif word == "interrupt":
+        raise KeyboardInterrupt
+    elif word == "nothing":
+        return None
+    elif word == "outside":
+        return SimpleNamespace(outputs={"x": Path(path)}, summary={})
     out = folder / f"{stem}.txt"
+    summary = {"word": word}
+    if word == "odd":
+        summary = {
+            1: {2}, "classes": [{"name": "a", "fraction": float("nan")}, {"fraction": 1}, "abc"],
+            "tokens": "many", "coverage": [1], "warnings": 5, "mpp": float("inf"), "width_px": 1e30,
+            "map": "none", "saturation": "high",
+        }
     out.write_text(f"{word} {settings.input.slide_mpp} {settings.tokens.tissue}")
-    return SimpleNamespace(outputs={"text": out}, summary={"word": word})
+    return SimpleNamespace(outputs={"text": out}, summary=summary)
 '''
 RECIPE = """
 [recipe]
-task = "faulty:run"
+task = "{name}:run"
 [batch]
 timeout = "60s"
 retry_wait = "0.1s"
@@ -53,17 +68,28 @@ tries = 2
 
 
 @pytest.fixture
-def faulty(tmp_path, monkeypatch) -> Path:
-    """A recipe for slides that are text files; workers find its task as they would a user's."""
+def own_task(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
+    """Make a recipe of a task of one's own, by the source of a module with a function `run`."""
     folder = tmp_path / "plugin"
     folder.mkdir()
-    (folder / "faulty.py").write_text(FAULTY)
+    # Workers find it as they would a user's.
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     monkeypatch.syspath_prepend(str(folder))
-    sys.modules.pop("faulty", None)
-    path = tmp_path / "faulty.toml"
-    path.write_text(RECIPE)
-    return path
+
+    def make(name: str, source: str) -> Path:
+        (folder / f"{name}.py").write_text(source)
+        sys.modules.pop(name, None)
+        path = tmp_path / f"{name}.toml"
+        path.write_text(RECIPE.format(name=name))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def faulty(own_task) -> Path:
+    """A recipe for slides that are text files, whose first words say what becomes of them."""
+    return own_task("faulty", FAULTY)
 
 
 @pytest.fixture

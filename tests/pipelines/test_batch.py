@@ -100,6 +100,8 @@ def test_failures_cost_only_their_slides_and_are_told_last(run, faulty, make_sli
     assert reasons == {
         "crash": "crash", "hung": "timeout", "greedy": "memory", "io": "I/O", "bug": "defect",
     }  # fmt: skip
+    errors = {slide["id"]: slide["error"] for slide in told["failed"]}
+    assert "and may hold 400 MB" in errors["greedy"]
     tried = [name for name, _, outcome in attempts(tmp_path / "out") if outcome != "done"]
     assert {name: tried.count(name) for name in tried} == {
         "crash": 2, "hung": 2, "greedy": 2, "io": 2, "bug": 1, "later": 1,
@@ -196,7 +198,7 @@ def test_workers_are_replaced_after_some_slides(run, faulty, make_slides, tmp_pa
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(run, faulty, make_slides, tmp_path):
-    slides = make_slides(a=f"slow 3 {tmp_path}")
+    slides = make_slides(a=f"slow 6 {tmp_path}")
     first = start(tmp_path, "batch", faulty, slides, "-o", "out", "--workers", 1)
     wait_for(tmp_path, "a.*")
     result = run("batch", faulty, slides, "-o", "out")
@@ -324,6 +326,8 @@ def wait_for(folder: Path, pattern: str, seconds: float = 30) -> list[Path]:
         (["segment", "x.svs", "--model", "no-such"], 1, ["no-such"]),
         (["segment", "x.svs", "-o", "x.svs"], 1, ["x.svs"]),
         (["segment", "x.svs", "-o", "s3://bucket/out"], 2, ["local folder"]),
+        (["segment", "x.svs", "-o", ""], 2, ["-o", "variable"]),
+        (["segment", "x.svs", ""], 2, ["ARCHIVE", "variable"]),
         (["segment", "twice.csv"], 1, ["twice.csv, row 3", "row 2"]),
     ],
 )

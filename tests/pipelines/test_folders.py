@@ -1,5 +1,6 @@
 """Folders appear whole, and nothing that is not ours is touched."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -76,6 +77,28 @@ def test_a_file_of_the_users_with_a_results_name_is_kept_beside_it(archive):
     assert (archive.slides / "a/a.txt.old2").read_text() == "mine"
     finish(archive, overwrite=True)
     assert tree(archive) == ["a/a.done.json", "a/a.txt", "a/a.txt.old", "a/a.txt.old2"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"started": "yesterday"}, {"outputs": []}, {"outputs": {"text": {"path": "a.txt"}}},
+        {"outputs": {"text": {"path": 5, "size_bytes": 3, "sha256": "x"}}}, {"summary": []},
+        {"outputs": {"text": {"path": "../x", "size_bytes": 3, "sha256": "x"}}}, {"id": "b"},
+        {"outputs": {"text": {"path": "/etc/passwd", "size_bytes": 3, "sha256": "x"}}},
+        {"outputs": {"text": {"path": "", "size_bytes": 3, "sha256": "x"}}}, {"seconds": None},
+        {"format": "gigavim-batch/9"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_is_none_is_not_believed(archive, change):
+    finish(archive)
+    path = archive.slides / "a" / record_name("a")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert archive.record("a") is None
+    finish(archive, "two")
+    assert tree(archive) == ["a/a.done.json", "a/a.txt"]
+    assert archive.record("a") is not None
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"format": "gigavim-batch/1"}', None])

@@ -89,3 +89,22 @@ def test_a_report_can_be_asked_for_and_large_ones_have_their_pictures_beside(
     text = (archive / "report.html").read_text()
     assert "data:image" not in text
     assert 'src="slides/plain/plain.thumb.jpg"' in text
+
+
+def test_slides_that_were_removed_are_shown_as_such_and_count_no_more(archive, run):
+    assert "Areas of the classes" in (archive / "report.html").read_text()
+    slides = archive.parent / "slides"
+    for path in slides.glob("[!b]*.tif"):
+        path.unlink()
+    (slides / "list.csv").write_text("slide\nbad.tif\n")
+    result = run(
+        "batch", "embed", "slides/list.csv", "-o", "out", "--workers", 1,
+        "--model", "histo-nuclei-nano",
+    )  # fmt: skip
+    assert result.code == 3
+    assert "2 no longer in the archive" in result.err
+    text = (archive / "report.html").read_text()
+    assert text.count("<td>removed") == 2
+    assert "<b>2</b>removed" in text
+    assert "Areas of the classes" not in text
+    assert len(re.findall("data:image/jpeg", text)) == 2
