@@ -1,13 +1,12 @@
 """The segmentation model: the encoder and a head."""
 
-import torch
 from torch import Tensor, nn
 
 from gigavim.errors import ModelError
 from gigavim.model.config import HeadKind
 from gigavim.model.heads import make_head, stitch
 from gigavim.model.sequence import without_class_tokens
-from gigavim.model.vim import Vim, grid_cells
+from gigavim.model.vim import Vim, grid_places
 from gigavim.tokens.order import ScanOrder
 
 
@@ -70,8 +69,7 @@ class SegmentationModel(nn.Module):
         features = self.head.features(encoded, side)
         features = without_class_tokens(features, self.encoder.config.class_token)
         if order is not None:
-            place = torch.argsort(grid_cells(*grid_hw, order)).to(features.device)
-            features = features.index_select(1, place)
+            features = features.index_select(1, grid_places(*grid_hw, order, features.device))
         return features.reshape(len(features), *grid_hw, -1)
 
     def logits(self, grid: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Vim(nn.Module):
             )
         grid = self.patch_embed(images)  # (B, rows, cols, D)
         rows, cols = grid.shape[1:3]
-        cells = grid_cells(rows, cols, order).to(grid.device)
+        cells = grid_cells(rows, cols, order, grid.device)
         row, col = cells // cols, cells % cols
         position = self.position(row, col, (rows, cols), origin_um=origin_um)
         patches = grid.flatten(1, 2)[:, cells] if order is not None else grid.flatten(1, 2)
@@ -218,11 +218,21 @@ class Vim(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def grid_cells(rows: int, cols: int, order: ScanOrder | None) -> Tensor:
+def grid_cells(
+    rows: int, cols: int, order: ScanOrder | None, device: torch.device | None = None
+) -> Tensor:
     """Return the flat cells (rows * cols,) int64 of a full grid in scan order; read only."""
     if order is None:
-        return torch.arange(rows * cols)
-    return torch.from_numpy(scan_cells(np.ones((rows, cols), np.bool_), order))
+        return torch.arange(rows * cols, device=device)
+    return torch.from_numpy(scan_cells(np.ones((rows, cols), np.bool_), order)).to(device)
+
+
+@lru_cache(maxsize=64)
+def grid_places(
+    rows: int, cols: int, order: ScanOrder, device: torch.device | None = None
+) -> Tensor:
+    """Return where each cell of a full grid stands in the sequence, (rows * cols,) int64."""
+    return torch.argsort(grid_cells(rows, cols, order, device))
 
 
 def _class_token_names(config: VimConfig) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ class MaskedImages(nn.Module):
         shown = (
             images * (1 - hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2))[:, None]
         )
-        cells = grid_cells(rows, cols, order).to(images.device)
+        cells = grid_cells(rows, cols, order, images.device)
         marks = hidden.flatten(1)[:, cells, None]  # (B, L, 1), in scan order
         with loop.half_products(images.device):
             tokens = self.encoder.tokens(shown, order=order) + marks * self.mask_token
