@@ -34,8 +34,13 @@ class Atlas:
 
     def __init__(self, pictures: Sequence[Picture], device: torch.device) -> None:
         self.device = device
-        self.groups = tuple(p.group for p in pictures)
-        self.mpp = torch.tensor([p.mpp for p in pictures], device=device)
+        names = sorted({p.group for p in pictures})
+        self.group = torch.tensor([names.index(p.group) for p in pictures])
+        """(pictures,) int64: which group each is of, on the CPU."""
+        self.mpp = torch.tensor([p.mpp for p in pictures])
+        """(pictures,) float32, on the CPU."""
+        self.size_hw = torch.tensor([p.labels.shape for p in pictures])
+        """(pictures, 2) int64 in stored pixels, on the CPU."""
         planes = [torch.tensor(p.image).to(device).permute(2, 0, 1) for p in pictures]
         levels = [_level(planes, device)]
         for _ in range(1, LEVELS):
@@ -43,11 +48,6 @@ class Atlas:
             levels.append(_level(planes, device))
         self.levels = tuple(levels)
         self.labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures]).to(device)
-
-    @property
-    def size_hw(self) -> Tensor:
-        """(pictures, 2) int64 in stored pixels."""
-        return self.levels[0].size_hw
 
     def sample(
         self, index: Tensor, size_hw: tuple[int, int], centre_yx: Tensor, step: Tensor
@@ -59,18 +59,22 @@ class Atlas:
             size_hw: of the windows.
             centre_yx: (n, 2), the middle of each window in pixels of its picture.
             step: (n, 2, 2), stored pixels (y, x) that a window's pixel step in (y, x) makes.
+                All three on the CPU, so that nothing waits for the device.
 
         Returns:
             (n, 3, h, w) float32, 0 to 255, and labels (n, h, w) uint8.
         """
         h, w = size_hw
+        scale = float(torch.linalg.det(step).abs().sqrt().mean())
+        level = min(LEVELS - 1, max(0, math.floor(math.log2(scale) + 0.3)))
+        index, centre_yx, step = (
+            t.to(self.device, non_blocking=True) for t in (index, centre_yx, step)
+        )
         y = torch.arange(h, device=self.device) - (h - 1) / 2
         x = torch.arange(w, device=self.device) - (w - 1) / 2
         along_y = step[:, :, 0, None, None] * y[:, None]  # (n, 2, h, 1)
         place = along_y + step[:, :, 1, None, None] * x + centre_yx[:, :, None, None]
         place = place - 0.5  # of pixel middles: (n, 2, h, w)
-        scale = float(torch.linalg.det(step).abs().sqrt().mean())
-        level = min(LEVELS - 1, max(0, math.floor(math.log2(scale) + 0.3)))
         labels = self._nearest(index, place)
         return self._bilinear(self.levels[level], index, (place + 0.5) / 2**level - 0.5), labels
 

@@ -18,7 +18,10 @@ from gigavim.training.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Canvases:
-    """Draws batches of normalised canvases and their labels on the device of an atlas."""
+    """Draws batches of normalised canvases and their labels on the device of an atlas.
+
+    How they are composed is decided on the CPU, so that a GPU is never waited for.
+    """
 
     atlas: Atlas
     recipe: Recipe
@@ -34,40 +37,40 @@ class Canvases:
         """Make canvases of (rows, cols) blocks.
 
         Args:
-            generator: on the device of the atlas.
+            generator: on the device of the atlas, for pixels; its seed alone decides how the
+                canvases are composed.
 
         Returns:
             (count, 3, H, W) float32, normalised, and labels (count, H, W) int64.
         """
         height, width = self.side_px(blocks_hw[0]), self.side_px(blocks_hw[1])
-        rgb, labels = self._compose(height, width, count, generator)
-        rgb, labels = looks.scan(rgb, labels, self.recipe, generator)
+        plan = torch.Generator().manual_seed(generator.initial_seed())
+        rgb, labels = self._compose(height, width, count, plan, generator)
+        rgb, labels = looks.scan(rgb, labels, self.recipe, looks.Dice(generator, plan))
         return self.normalise(rgb), labels
 
     def normalise(self, rgb: Tensor) -> Tensor:
         """Bring colours (..., 3, h, w) in 0..1 to what the model expects."""
         mean, std = (
-            torch.tensor(v, device=rgb.device)[:, None, None]
-            for v in (self.recipe.model.mean, self.recipe.model.std)
+            looks.constant(values, rgb.device)[:, None, None]
+            for values in (self.recipe.model.mean, self.recipe.model.std)
         )
         return (rgb - mean) / std
 
     def _compose(
-        self, height: int, width: int, count: int, generator: Generator
+        self, height: int, width: int, count: int, plan: Generator, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """Densities or colours (count, 3, H, W) and labels (count, H, W) uint8."""
         augment, atlas = self.recipe.augment, self.atlas
-        device = atlas.device
 
         def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-            drawn = torch.rand(*shape, generator=generator, device=device)
-            return low + (high - low) * drawn
+            return low + (high - low) * torch.rand(shape, generator=plan)
 
         low, high = (math.log(v) for v in augment.scale)
         scale = uniform(count, low=low, high=high).exp()
-        if torch.rand((), generator=generator, device=device) < 0.5:
+        if uniform() < 0.5:
             scale = scale[:1].expand(count)  # one pyramid level serves a batch
-        chosen = self._choose(count, generator)
+        chosen = self._choose(count, plan)
         step = self.recipe.model.mpp / (atlas.mpp[chosen[:, :1]] * scale[:, None])  # (count, 1)
         reach = float((atlas.size_hw[chosen[:, 0]].amin(1) / step[:, 0]).min())
         cell = max(32, round(float(uniform(1, low=0.45)) * reach))
@@ -76,18 +79,15 @@ class Canvases:
         else:
             rows, cols = (-(-side // cell) + 1 for side in (height, width))
             cell_hw = (cell, cell)
-        index = chosen[:, torch.randint(
-            chosen.shape[1], (rows * cols,), generator=generator, device=device
-        )].flatten()  # fmt: skip
-        matrix = self._steps(step.expand(-1, rows * cols).flatten(), generator)
+        picks = torch.randint(chosen.shape[1], (rows * cols,), generator=plan)
+        index = chosen[:, picks].flatten()
+        matrix = self._steps(step.expand(-1, rows * cols).flatten(), plan)
         size = atlas.size_hw[index]
-        extent = matrix.abs() @ torch.tensor(cell_hw, device=device, dtype=torch.float32)
+        extent = matrix.abs() @ torch.tensor(cell_hw, dtype=torch.float32)
         room = (size - extent).clamp(min=0)
-        centre = (
-            size / 2 + (torch.rand(*room.shape, generator=generator, device=device) - 0.5) * room
-        )
+        centre = size / 2 + uniform(*room.shape, low=-0.5, high=0.5) * room
         rgb, labels = atlas.sample(index, cell_hw, centre, matrix)
-        rgb = looks.prepare(rgb, rows * cols, self.recipe, generator)
+        rgb = looks.prepare(rgb, rows * cols, self.recipe, looks.Dice(generator, plan))
         top, left = (
             int(float(uniform(1)) * (n * c - side + 1)) if n > 1 else 0
             for n, c, side in zip((rows, cols), cell_hw, (height, width), strict=True)
@@ -96,23 +96,20 @@ class Canvases:
         marks = _lay(labels[:, None], count, rows, cols)[:, 0]
         return laid, marks[:, top : top + height, left : left + width]
 
-    def _choose(self, count: int, generator: Generator, choices: int = 24) -> Tensor:
+    def _choose(self, count: int, plan: Generator, choices: int = 24) -> Tensor:
         """Pictures of each canvas, (count, choices) int64: of all groups, or of one."""
-        atlas, device = self.atlas, self.atlas.device
+        atlas = self.atlas
         weight = atlas.size_hw.prod(1).float().sqrt()
-        names = sorted(set(atlas.groups))
-        member = torch.tensor(
-            [[group == name for group in atlas.groups] for name in names], device=device
-        )
-        group = torch.randint(len(names), (count,), generator=generator, device=device)
-        single = torch.rand(count, generator=generator, device=device)
-        allowed = member[group] | (single >= self.recipe.augment.one_group)[:, None]
-        return torch.multinomial(weight * allowed, choices, replacement=True, generator=generator)
+        group = torch.randint(int(atlas.group.max()) + 1, (count,), generator=plan)
+        single = torch.rand(count, generator=plan)
+        allowed = atlas.group == group[:, None]
+        allowed |= (single >= self.recipe.augment.one_group)[:, None]
+        return torch.multinomial(weight * allowed, choices, replacement=True, generator=plan)
 
-    def _steps(self, step: Tensor, generator: Generator) -> Tensor:
+    def _steps(self, step: Tensor, plan: Generator) -> Tensor:
         """(n, 2, 2): rotation, mirror and stretch around steps (n,)."""
-        augment, n, device = self.recipe.augment, len(step), step.device
-        drawn = torch.rand(4, n, generator=generator, device=device)
+        augment = self.recipe.augment
+        drawn = torch.rand(4, len(step), generator=plan)
         quarter = (drawn[0] * 4).floor() * (math.pi / 2)
         angle = quarter + (2 * drawn[1] - 1) * math.radians(augment.turn_degrees)
         mirror = torch.where(drawn[2] < 0.5, -1.0, 1.0)

@@ -6,6 +6,7 @@ Aerial pictures are handled as colours.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,30 @@ STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78
 PENS = torch.tensor(
     [[0.10, 0.14, 0.30], [0.05, 0.30, 0.16], [0.08, 0.08, 0.09], [0.45, 0.06, 0.10]]
 )
+UNMIXING = torch.linalg.inv(STAINS)
 TAPS = 9
 
 
-class Dice:
-    """Random numbers on a device."""
+@cache
+def constant(values: Tensor | tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, sent there once: sending them waits for all that is queued there."""
+    return (values if isinstance(values, Tensor) else torch.tensor(values)).to(device)
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator = generator
+
+class Dice:
+    """Random numbers on a device, and a few that the CPU has to know.
+
+    Args:
+        generator: on the device.
+        plan: on the CPU.
+    """
+
+    def __init__(self, generator: Generator, plan: Generator) -> None:
+        self.generator, self.plan = generator, plan
+
+    def number(self, low: float, high: float) -> float:
+        """A uniform number for the CPU."""
+        return low + (high - low) * float(torch.rand((), generator=self.plan))
 
     def rand(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers."""
@@ -43,7 +60,7 @@ class Dice:
         return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
 
 
-def prepare(rgb: Tensor, cells: int, recipe: Recipe, generator: Generator) -> Tensor:
+def prepare(rgb: Tensor, cells: int, recipe: Recipe, dice: Dice) -> Tensor:
     """Give every cell its canvas's look and a little of its own.
 
     Args:
@@ -52,7 +69,7 @@ def prepare(rgb: Tensor, cells: int, recipe: Recipe, generator: Generator) -> Te
     Returns:
         Densities for kind "stain", colours in 0..1 for "colour"; same shape.
     """
-    dice, strength = Dice(generator), recipe.augment.strength
+    strength = recipe.augment.strength
     canvases = len(rgb) // cells
     if recipe.augment.kind == "stain":
         glass = recipe.data.glass or 255.0
@@ -76,17 +93,15 @@ def prepare(rgb: Tensor, cells: int, recipe: Recipe, generator: Generator) -> Te
 def random_stain(count: int, strength: float, dice: Dice) -> Tensor:
     """Draw (count, 3, 3) maps of densities: other stain strengths and slightly other colours."""
     device = dice.generator.device
-    stains = STAINS.to(device)
+    stains = constant(STAINS, device)
     gain = (strength * dice.rand(count, 1, 3, low=-0.45, high=0.45)).exp()
     colours = stains * (strength * dice.rand(count, 3, 3, low=-0.15, high=0.15)).exp()
     colours = colours / colours.norm(dim=1, keepdim=True) * stains.norm(dim=0)
-    look: Tensor = (colours * gain) @ torch.linalg.inv(STAINS).to(device)
+    look: Tensor = (colours * gain) @ constant(UNMIXING, device)
     return look
 
 
-def scan(
-    canvas: Tensor, labels: Tensor, recipe: Recipe, generator: Generator
-) -> tuple[Tensor, Tensor]:
+def scan(canvas: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> tuple[Tensor, Tensor]:
     """Prepare and scan a batch of canvases.
 
     Args:
@@ -95,7 +110,7 @@ def scan(
     Returns:
         (n, 3, h, w) float32 in [0, 1] and labels (n, h, w) int64.
     """
-    dice, labels = Dice(generator), labels.long()
+    labels = labels.long()
     count, _, height, width = canvas.shape
     if recipe.augment.kind == "stain":
         canvas = _slide(canvas, labels, recipe, dice)
@@ -109,7 +124,7 @@ def scan(
     blurred = _blur(image, torch.where(soft.flatten() > 0, sigma, 1.0))
     image = soft * blurred + (1 - soft) * (image + amount * (image - blurred))
     grain = dice.some(count, 0.5) * dice.rand(count, 1, 1, 1, high=0.03)
-    noise = torch.randn(image.shape, generator=generator, device=image.device)
+    noise = torch.randn(image.shape, generator=dice.generator, device=image.device)
     image = (image + grain * noise).clamp(0, 1)
     compressed = _jpeg(image, dice.rand(count, low=35.0, high=92.0))
     return torch.where(dice.some(count, 0.4) > 0, compressed, image), labels
@@ -122,7 +137,7 @@ def _slide(density: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> Tenso
     glass, objects = recipe.label(augment.glass_class), recipe.label(augment.object_class)
     ground = recipe.label(augment.ground_class)
     if glass is not None:
-        surface = dice.surface(count, height, width, float(dice.rand(1, low=60.0, high=350.0)))
+        surface = dice.surface(count, height, width, dice.number(60.0, 350.0))
         surface = surface + 0.05 * dice.surface(count, height, width, 9.0)
         level = dice.rand(count, 1, 1, 1, low=0.25, high=0.75)
         tissue = torch.sigmoid((surface - level) * dice.rand(count, 1, 1, 1, low=25.0, high=120.0))
@@ -133,7 +148,7 @@ def _slide(density: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> Tenso
     thickness = 0.7 + 0.6 * dice.surface(count, height, width, 200.0)
     density = torch.where(dice.some(count, 0.4) > 0, density * thickness, density)
     specks = torch.sigmoid(
-        60 * (dice.surface(count, height, width, float(dice.rand(1, low=5.0, high=14.0))) - 1.02)
+        60 * (dice.surface(count, height, width, dice.number(5.0, 14.0)) - 1.02)
     ) * dice.some(count, 0.3)
     if objects is not None:  # a speck over an object would hide what the label claims
         specks = specks * (labels != objects)[:, None]
@@ -142,7 +157,7 @@ def _slide(density: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> Tenso
     )
     density = density + grey * specks
     stroke = _pen_stroke(count, height, width, dice)
-    colour = PENS.to(density.device)[(dice.rand(count) * len(PENS)).long()]
+    colour = constant(PENS, density.device)[(dice.rand(count) * len(PENS)).long()]
     ink = -colour.log()[:, :, None, None] * dice.rand(count, 1, 1, 1, low=0.3)
     texture = 0.7 + 0.5 * dice.surface(count, height, width, 14.0)
     density = density + ink * stroke * texture
@@ -202,6 +217,7 @@ _LUMA = torch.tensor(  # the standard JPEG luminance table (ITU-T T.81, table K.
 _YCC = torch.tensor(
     [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
 )
+_RGB = torch.linalg.inv(_YCC)
 
 
 def _jpeg(image: Tensor, quality: Tensor) -> Tensor:
@@ -213,13 +229,13 @@ def _jpeg(image: Tensor, quality: Tensor) -> Tensor:
     cosines[0] /= math.sqrt(2)
     scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     chroma = torch.full((8, 8), 80.0, device=device)
-    tables = torch.stack((_LUMA.to(device), chroma, chroma))
+    tables = torch.stack((constant(_LUMA, device), chroma, chroma))
     steps = (tables * scale[:, None, None, None]).clamp(min=1)[:, :, None, None]
-    colours = torch.einsum("ck,nkhw->nchw", _YCC.to(device), image * 255 - 128)
+    colours = torch.einsum("ck,nkhw->nchw", constant(_YCC, device), image * 255 - 128)
     padded = F.pad(colours, (0, -width % 8, 0, -height % 8), mode="replicate")
     blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)  # (n, 3, rows, cols, 8, 8)
     found = cosines @ blocks @ cosines.T
     rounded = (found / steps).round() * steps
     back = (cosines.T @ rounded @ cosines).permute(0, 1, 2, 4, 3, 5).reshape(padded.shape)
-    back = torch.einsum("ck,nkhw->nchw", torch.linalg.inv(_YCC).to(device), back)
+    back = torch.einsum("ck,nkhw->nchw", constant(_RGB, device), back)
     return ((back[..., :height, :width] + 128) / 255).clamp(0, 1)

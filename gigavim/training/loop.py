@@ -1,11 +1,11 @@
 """The training loop: canvases of growing length, averaged weights, checkpoints that continue."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gigavim.model.segmentation import SegmentationModel, SideSum
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode
 from gigavim.training.graphs import Batch, Gradients, Objective
+from gigavim.training.looks import constant
 from gigavim.training.losses import segmentation_loss
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
@@ -53,10 +54,21 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What one worker is to learn from in one step."""
+
+    batch: Batch
+    blocks: int
+    """Of each canvas."""
+    generator: Generator
+    """For what else is random in the step."""
+
+
+@dataclass(frozen=True, slots=True)
 class Worked:
     """What one worker found for one batch."""
 
-    loss: float
+    loss: Tensor
     blocks: int
     """Of each canvas."""
     pixels: int
@@ -141,15 +153,11 @@ def segmentation(forward: Forward, recipe: Recipe) -> Objective:
     """The objective of a recipe: its loss of the logits of canvases against their labels."""
     dice_classes = [recipe.class_names.index(name) for name in recipe.loss.dice_classes]
 
-    @cache
-    def class_weights(device: torch.device) -> Tensor:
-        return torch.tensor(recipe.loss.class_weights, device=device)
-
     def objective(batch: Batch, every: int, generator: Generator | None) -> Tensor:
         images, labels = batch
         with half_products(images.device):
             logits = forward(images, every, generator)
-        weights = class_weights(images.device)
+        weights = constant(recipe.loss.class_weights, images.device)
         return segmentation_loss(logits.float(), labels, weights, dice_classes)
 
     return objective
@@ -186,12 +194,18 @@ def train(
     pace = Pace(schedule)
     if schedule.max_minutes is not None and progress.step == 0:
         progress.steps = 1_000_000_000  # until the speed is known
+    ahead: dict[int, Drawn] = {}
 
     gradients = Gradients(objective, parameters)
     state = model.state_dict()
 
     def work(worker: int) -> Worked:
-        return _work(gradients, canvases, progress, worker + 64 * ranks.rank)
+        worker += 64 * ranks.rank
+        drawn = ahead.pop(worker, None) or _draw(canvases, progress, progress.step, worker)
+        worked = _work(gradients, canvases, progress, drawn)
+        if canvases.atlas.device.type == "cuda":  # queued before the step is waited for
+            ahead[worker] = _draw(canvases, progress, progress.step + 1, worker)
+        return worked
 
     with ThreadPoolExecutor(schedule.workers, initializer=_prepare_thread) as pool:
         while progress.step < progress.steps:
@@ -228,18 +242,24 @@ def _prepare_thread() -> None:
     torch.set_flush_denormal(True)  # powers of small decays: denormals would cost a factor of 5
 
 
-def _work(gradients: Gradients, canvases: Canvases, progress: Progress, worker: int) -> Worked:
+def _draw(canvases: Canvases, progress: Progress, step: int, worker: int) -> Drawn:
     recipe, device = canvases.recipe, canvases.atlas.device
     schedule = Schedule(recipe.schedule, progress.steps)
-    seed = (recipe.schedule.seed * 1_000_003 + progress.step) * 4096 + worker
+    seed = (recipe.schedule.seed * 1_000_003 + step) * 4096 + worker
     plan = torch.Generator().manual_seed(seed // 4096)  # all workers draw one size
     generator = torch.Generator(device).manual_seed(seed)
-    blocks = schedule.canvas_blocks(progress.step, plan)
+    blocks = schedule.canvas_blocks(step, plan)
     shape = canvas_shape(blocks, plan)
     batch = canvases.draw(shape, max(1, recipe.schedule.batch_blocks // blocks), generator)
-    loss, grads = gradients(batch, schedule.every(progress.step), generator)
-    pixels = batch[1].numel()
-    return Worked(loss.item(), blocks, pixels, pixels // recipe.model.encoder.stride_px**2, grads)
+    return Drawn(batch, blocks, generator)
+
+
+def _work(gradients: Gradients, canvases: Canvases, progress: Progress, drawn: Drawn) -> Worked:
+    recipe, pixels = canvases.recipe, drawn.batch[1].numel()
+    every = Schedule(recipe.schedule, progress.steps).every(progress.step)
+    loss, grads = gradients(drawn.batch, every, drawn.generator)
+    tokens = pixels // recipe.model.encoder.stride_px**2
+    return Worked(loss, drawn.blocks, pixels, tokens, grads)
 
 
 def _apply(
@@ -263,7 +283,9 @@ def _apply(
             )
     ranks.average_grads(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not torch.isfinite(norm):
+    mean = torch.stack([r.loss * (r.pixels / total) for r in results]).sum()
+    size, loss = torch.stack((norm, mean.to(norm))).tolist()  # the one wait of a step
+    if not math.isfinite(size):
         raise ModelError(_blame(progress.step, names, parameters))
     nn.utils.clip_grads_with_norm_(parameters, recipe.schedule.clip_norm, norm)
     for group in progress.optimizer.param_groups:
@@ -273,7 +295,7 @@ def _apply(
     with torch.no_grad():
         averages = [progress.average[name] for name in state]
         torch._foreach_lerp_(averages, list(state.values()), 1 - decay)
-    return sum(r.loss * r.pixels for r in results) / total
+    return float(loss)
 
 
 def _blame(step: int, names: Names, parameters: Sequence[nn.Parameter]) -> str:

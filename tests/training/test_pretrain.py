@@ -20,13 +20,13 @@ def unlabelled(tmp_path, pictures_folder):
 
 def test_learns_without_masks_and_starts_a_model(tmp_path, unlabelled, recipe):
     schedule = recipe.schedule.model_copy(
-        update={"steps": 40, "validate_every": 20, "batch_blocks": 16}
+        update={"steps": 15, "validate_every": 5, "batch_blocks": 16}
     )
     recipe = recipe.model_copy(update={"schedule": schedule})
     pictures = list(read_pictures(unlabelled, recipe, labelled=False))
     card, errors = pretrain(recipe, pictures, tmp_path / "out", CPU)
     assert errors[-1] < errors[0]
-    assert "masked image modelling, 40 steps" in card.source
+    assert "masked image modelling, 15 steps" in card.source
     encoder = read_encoder(tmp_path / "out/encoder")
     source = recipe.model.model_copy(update={"encoder_weights": str(tmp_path / "out/encoder")})
     started = new_model(recipe.model_copy(update={"model": source})).encoder
