@@ -110,9 +110,10 @@ def decode_window(
     seen = features.new_zeros(*index.shape, features.shape[1])
     place = kept.to(features.device)
     seen[place] = features
+    mask = None if kept.all() else place[None]  # none is quicker than one that keeps everything
     # Convolutions rounded to TF32 would let it show where the grid was cut.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        logits = head.decode(seen[None], place[None])[0, *window.inner]
+        logits = head.decode(seen[None], mask)[0, *window.inner]
     row, col = torch.nonzero(kept[window.inner], as_tuple=True)
     return row, col, logits[row.to(logits.device), col.to(logits.device)]
 
