@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from gigavim.model.config import VimConfig
@@ -139,10 +138,7 @@ class Peer:
     def labels(self, images: Tensor) -> Tensor:
         """See `score.Labeller`."""
         height, width = images.shape[2:]
-        glass = self.canvases.recipe.data.glass
-        mean = torch.tensor(self.canvases.recipe.model.mean, device=images.device)
-        fill = mean.mean().item() if glass is None else glass / 255
-        padded = F.pad(images, (0, -width % 32, 0, -height % 32), value=fill)
+        padded = score.whole(images, 32)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             logits = self.model(self.canvases.normalise(padded))
         return logits[..., :height, :width].max(1).indices.to(torch.uint8)
@@ -184,10 +180,9 @@ def measure(
     recipe, names = row.recipe, row.recipe.class_names
     labeller: score.Labeller = Peer(model, Canvases(atlas, recipe))
     if isinstance(model, SegmentationModel):
-        glass = recipe.data.glass
         labeller = score.Predictor(
             model, recipe.model.scan_order, recipe.model.mean, recipe.model.std,
-            None if glass is None else glass / 255, half=atlas.device.type == "cuda",
+            half=atlas.device.type == "cuda",
         )  # fmt: skip
     found = score.predict_all(labeller, shown)
     pairs = zip(found, shown, strict=True)

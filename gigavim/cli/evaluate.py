@@ -68,10 +68,7 @@ def command(
         )
     pictures = of_groups(load_data(data, rules), groups, rules.split.validation_groups)
     where = pick_device(device)
-    glass = rules.data.glass
-    predictor = score.Predictor(
-        network.to(where), card.scan_order, card.mean, card.std, glass and glass / 255
-    )
+    predictor = score.Predictor(network.to(where), card.scan_order, card.mean, card.std)
     report, seen = evaluate.evaluate(predictor, card, pictures, where, tolerance_px=tolerance_px)
     text = json.dumps(report, indent=2)
     with OutputSet(overwrite=True) as outputs:

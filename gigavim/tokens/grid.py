@@ -36,7 +36,7 @@ class TokenGrid:
     """Overlapping or adjacent patches that cover a map.
 
     Cell (row, col) covers the map pixels x in [col * stride_px, col * stride_px + patch_px), and y
-    likewise by row. The last patches may reach over the map, where they see the background colour.
+    likewise by row. The last patches may reach over the map, where they see it mirrored.
     """
 
     frame: MapFrame

@@ -52,7 +52,7 @@ class PatchBlock:
     """The pixels under a rectangle of cells.
 
     `strips` is (n, (rows - 1) * stride_px + patch_px, ((cols - 1) * stride_px + patch_px) / n, 3)
-    uint8 at the grid's resolution: n strips side by side, background where the map ends. There is
+    uint8 at the grid's resolution: n strips side by side, mirrored where the map ends. There is
     more than one only where patches do not overlap, and each holds whole patches. `unreadable` has
     the height and width of all, True where the file could not be decoded (and `strips` hold
     background); None where all is well.
@@ -145,32 +145,32 @@ def block_rects(
 def read_block(
     slide: "Slide", grid: TokenGrid, row: int, col: int, rows: int, cols: int
 ) -> PatchBlock:
-    """Read the pixels under a rectangle of cells; what lies beyond the map is background."""
+    """Read the pixels under a rectangle of cells; beyond its border the map is mirrored."""
     frame, stride = grid.frame, grid.stride_px
-    height, width = grid.span_px(rows), grid.span_px(cols)
-    inside_height = min(height, frame.height_px - row * stride)
-    inside_width = min(width, frame.width_px - col * stride)
-    strips, unreadable = None, None
-    if inside_height > 0 and inside_width > 0:
-        strips, unreadable = slide.read_strips(
-            frame.x_level0 + col * stride * frame.scale_x,
-            frame.y_level0 + row * stride * frame.scale_y,
-            inside_width,
-            inside_height,
-            _strip_px(slide, grid, inside_width),
-            scale_xy=grid.scale_xy,
-        )
-    if strips is None or (inside_height, inside_width) != (height, width):
-        padded = np.empty((1, height, width, 3), np.uint8)
-        padded[:] = slide.background_rgb
-        if strips is not None:
-            inside = padded[0, :inside_height, :inside_width]
-            inside.reshape(inside_height, len(strips), -1, 3)[...] = strips.swapaxes(0, 1)
-        strips = padded
-    if unreadable is not None and unreadable.shape != (height, width):
-        missing = (height - inside_height, width - inside_width)
-        unreadable = np.pad(unreadable, ((0, missing[0]), (0, missing[1])))
+    across = _mirrored(col * stride, grid.span_px(cols), frame.width_px)
+    down = _mirrored(row * stride, grid.span_px(rows), frame.height_px)
+    x, y = int(across.min()), int(down.min())
+    width, height = int(np.ptp(across)) + 1, int(np.ptp(down)) + 1
+    strips, unreadable = slide.read_strips(
+        frame.x_level0 + x * frame.scale_x,
+        frame.y_level0 + y * frame.scale_y,
+        width,
+        height,
+        _strip_px(slide, grid, width),
+        scale_xy=grid.scale_xy,
+    )
+    if (down[-1] - down[0], across[-1] - across[0]) != (len(down) - 1, len(across) - 1):
+        whole = strips.swapaxes(0, 1).reshape(height, width, 3)
+        strips = whole[(down - y)[:, None], across - x][None]
+        if unreadable is not None:
+            unreadable = unreadable[(down - y)[:, None], across - x]
     return PatchBlock(row, col, rows, cols, grid.patch_px, stride, strips, unreadable)
+
+
+def _mirrored(first: int, count: int, size: int) -> npt.NDArray[np.int64]:
+    """Places first..first+count-1 along a side, those beyond it mirrored at the border."""
+    place = np.arange(first, first + count) % (2 * size)
+    return np.minimum(place, 2 * size - 1 - place)
 
 
 def _strip_px(slide: "Slide", grid: TokenGrid, width_px: int) -> int:

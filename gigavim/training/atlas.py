@@ -81,7 +81,7 @@ class Atlas:
     def _nearest(self, index: Tensor, place: Tensor) -> Tensor:
         level = self.levels[0]
         size = level.size_hw[index][:, :, None, None]
-        y, x = _mirrored(place.round().long(), size).unbind(1)
+        y, x = mirrored(place.round().long(), size).unbind(1)
         return self.labels[level.start[index][:, None, None] + y * size[:, 1] + x]
 
     def _bilinear(self, level: Level, index: Tensor, place: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class Atlas:
         start, width = level.start[index][:, None, None], size[:, 1]
         below = place.floor()
         share = (place - below)[..., None]  # (n, 2, h, w, 1)
-        y0, x0 = _mirrored(below.long(), size).unbind(1)
-        y1, x1 = _mirrored(below.long() + 1, size).unbind(1)
+        y0, x0 = mirrored(below.long(), size).unbind(1)
+        y1, x1 = mirrored(below.long() + 1, size).unbind(1)
         upper = torch.lerp(
             level.rgb[start + y0 * width + x0].float(),
             level.rgb[start + y0 * width + x1].float(),
@@ -104,7 +104,8 @@ class Atlas:
         return torch.lerp(upper, lower, share[:, 0]).permute(0, 3, 1, 2)
 
 
-def _mirrored(place: Tensor, size: Tensor) -> Tensor:
+def mirrored(place: Tensor, size: Tensor | int) -> Tensor:
+    """Bring places along a side into 0..size-1: beyond its ends it is mirrored."""
     folded = place.remainder(2 * size)
     return torch.minimum(folded, 2 * size - 1 - folded)
 

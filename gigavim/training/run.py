@@ -183,11 +183,7 @@ class Run:
     def predictor(self, *, half: bool) -> score.Predictor:
         """The averaged model as validation sees it."""
         recipe = self.recipe.model
-        glass = self.recipe.data.glass
-        fill = None if glass is None else glass / 255
-        return score.Predictor(
-            self.shadow, recipe.scan_order, recipe.mean, recipe.std, fill, half=half
-        )
+        return score.Predictor(self.shadow, recipe.scan_order, recipe.mean, recipe.std, half=half)
 
     def _validate(self) -> None:
         progress = self.progress

@@ -11,6 +11,7 @@ from torch import Tensor
 from gigavim.model.segmentation import SegmentationModel, SideSum
 from gigavim.model.windows import windows
 from gigavim.tokens.order import ScanOrder
+from gigavim.training.atlas import mirrored
 from gigavim.training.encode import encode
 from gigavim.training.pack import Picture
 from gigavim.training.recipe import IGNORED
@@ -48,8 +49,6 @@ class Predictor:
     order: ScanOrder
     mean: Sequence[float]
     std: Sequence[float]
-    fill: float | None = None
-    """Grey value in [0, 1] beyond the picture's border; the mean colour if absent."""
     half: bool = False
     """Multiply in bfloat16."""
 
@@ -80,19 +79,14 @@ class Predictor:
         return self.model.logits(self._features(images))[..., :height, :width]
 
     def _features(self, images: Tensor) -> Tensor:
-        """Pad images to whole blocks and encode them: (n, rows, cols, features) float32."""
+        """Mirror images to whole blocks, encode them: (n, rows, cols, features) float32."""
         config = self.model.encoder.config
         block = (self.order.block or 1) * config.stride_px
         extra = config.patch_px - config.stride_px
-        height, width = images.shape[2:]
         mean, std = (
             torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std)
         )
-        more = (0, -(width - extra) % block, 0, -(height - extra) % block)
-        if self.fill is None:
-            normalised = F.pad((images - mean) / std, more)
-        else:
-            normalised = (F.pad(images, more, value=self.fill) - mean) / std
+        normalised = (whole(images, block, extra) - mean) / std
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
             tokens = self.model.encoder.tokens(normalised, order=self.order)
             taps = SideSum(self.model)
@@ -100,6 +94,16 @@ class Predictor:
             rows, cols = ((s - extra) // config.stride_px for s in normalised.shape[2:])
             grid = self.model.feature_grid(encoded, taps.total, (rows, cols), self.order)
         return grid.float()
+
+
+def whole(images: Tensor, multiple: int, extra: int = 0) -> Tensor:
+    """Extend images (n, c, h, w) to sides of `extra` plus a multiple, mirrored at the border."""
+    for dim in (2, 3):
+        size = images.shape[dim]
+        sides = torch.arange(size + -(size - extra) % multiple, device=images.device)
+        if len(sides) > size:
+            images = images.index_select(dim, mirrored(sides, size))
+    return images
 
 
 def show(picture: Picture, mpp: float, device: torch.device) -> Shown:

@@ -13,13 +13,14 @@ from gigavim.training.recipe import shipped_recipes
 
 SMALL = {
     "d_model = 96": "d_model = 16",
-    "depth = 11": "depth = 2",
+    "depth = 9": "depth = 2",
+    "head_width = 64": "head_width = 16",
     "grid_hw = [16, 16]": "grid_hw = [2, 2]",
     "blocks(16)": "blocks(2)",
-    "max_minutes = 9.0": "steps = 4",
-    "batch_blocks = 128": "batch_blocks = 2",
+    "max_minutes = 6.0": "steps = 4",
+    "batch_blocks = 64": "batch_blocks = 2",
     "largest_blocks = 256": "largest_blocks = 2",
-    "validate_every = 1000": "validate_every = 2",
+    "validate_every = 750": "validate_every = 2",
     '["g05", "g13", "g17", "g22", "g31"]': '["g02"]',
 }
 

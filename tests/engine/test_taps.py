@@ -61,7 +61,7 @@ def test_streamed_labels_are_those_of_the_model(
     config, side = card.config, 4 * card.config.stride_px
     extra = config.patch_px - config.stride_px
     more = [(0, -(n - extra) % side) for n in (height, width)]
-    padded = np.pad(pixels, (*more, (0, 0)), constant_values=255)
+    padded = np.pad(pixels, (*more, (0, 0)), mode="symmetric")
     mean, std = (torch.tensor(v)[:, None, None] for v in (card.mean, card.std))
     image = (torch.from_numpy(padded).permute(2, 0, 1) / 255 - mean) / std
     with torch.inference_mode():

@@ -28,8 +28,10 @@ def reference(path, model_folder):
     with open_slide(path) as slide:
         level = slide.levels[0]
         side = config.patch_px * card.scan_order.block
-        height, width = (-(-n // side) * side for n in (level.height, level.width))
-        pixels = slide.read_level(0, 0, 0, width, height)
+        own = slide.read_level(0, 0, 0, level.width, level.height)
+    more = [(0, -n % side) for n in own.shape[:2]]
+    pixels = np.pad(own, (*more, (0, 0)), mode="symmetric")
+    height, width = pixels.shape[:2]
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (card.mean, card.std))
     image = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
     rows, cols = height // config.patch_px, width // config.patch_px

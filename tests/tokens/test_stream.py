@@ -23,11 +23,12 @@ ORDERS = ["raster", "hilbert", "blocks(3)", "blocks(2, hilbert)"]
 def whole_cut(slide, grid):
     """All patches of a grid, (rows, cols, patch * patch * 3), by the plainest way."""
     frame, patch, stride = grid.frame, grid.patch_px, grid.stride_px
-    canvas = np.empty((grid.span_px(grid.rows), grid.span_px(grid.cols), 3), np.uint8)
-    canvas[:] = slide.background_rgb
-    canvas[: frame.height_px, : frame.width_px] = slide.read(
+    pixels = slide.read(
         frame.x_level0, frame.y_level0, frame.width_px, frame.height_px, scale_xy=grid.scale_xy
     )
+    sides = (grid.span_px(grid.rows), frame.height_px), (grid.span_px(grid.cols), frame.width_px)
+    more = [(0, max(0, span - size)) for span, size in sides]
+    canvas = np.pad(pixels, (*more, (0, 0)), mode="symmetric")
     return np.array(
         [
             [
@@ -111,12 +112,24 @@ def test_only_blocks_with_kept_cells_are_read(noise_slide):
     assert slide.reads == 2
 
 
-def test_cells_beyond_the_map_are_background(noise_slide):
-    slide = noise_slide(20, 20, background=(1, 2, 3))
+@pytest.mark.parametrize("size", [1, 7, 20, 40])
+def test_cells_beyond_the_map_see_it_mirrored(noise_slide, size):
+    slide = noise_slide(size, size)
     grid = make_grid(slide, mpp=0.5, patch_px=16, stride_px=16, order=ScanOrder("blocks", 4))
-    block = read_block(slide, grid, 2, 2, 2, 2)
-    assert block.pixels.shape == (32, 32, 3)
-    assert (block.pixels == (1, 2, 3)).all()
+    own = slide.read(0, 0, size, size, scale_xy=grid.scale_xy)
+    whole = np.pad(own, ((0, 64 - size), (0, 64 - size), (0, 0)), mode="symmetric")
+    for row, col, rows, cols in [(2, 2, 2, 2), (3, 0, 1, 4), (0, 3, 1, 1), (1, 1, 2, 3)]:
+        block = read_block(slide, grid, row, col, rows, cols)
+        here = whole[16 * row : 16 * (row + rows), 16 * col : 16 * (col + cols)]
+        np.testing.assert_array_equal(block.pixels, here)
+
+
+def test_unreadable_pixels_are_mirrored_with_the_map(noise_slide):
+    slide = noise_slide(40, 40, tile=8, bad=[(32, 32, 8, 8)])
+    grid = make_grid(slide, mpp=0.5, patch_px=16, stride_px=16, order=ScanOrder("raster"))
+    block = read_block(slide, grid, 2, 2, 1, 1)
+    assert block.unreadable is not None
+    assert block.unreadable.all()
 
 
 def test_unreadable_pixels_are_marked(noise_slide):

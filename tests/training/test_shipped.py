@@ -20,7 +20,7 @@ NUCLEI = 2
 @pytest.fixture(scope="module")
 def nano():
     model, card = load_model("histo-nuclei-nano")
-    return score.Predictor(model, card.scan_order, card.mean, card.std, fill=148 / 255)
+    return score.Predictor(model, card.scan_order, card.mean, card.std)
 
 
 @pytest.mark.parametrize("name", sorted(list_models()))
