@@ -158,7 +158,7 @@ def killed(tmp_path):
     place = tmp_path / "killed"
     (place / "slides/a").mkdir(parents=True)
     with Ledger(ledger_path(tmp_path, None)) as ledger:
-        ledger.begin_run("r", version="1", recipe_name="r", recipe="{}", command="", rerun="")
+        ledger.begin_run("r", version="1", recipe="{}", command="", rerun="")
         ledger.wait([Entry("a", "/a.svs"), Entry("b", "/b.svs")])
         ledger.running("a", 1)
         for name in ("ledger.sqlite", "ledger.sqlite-wal"):
