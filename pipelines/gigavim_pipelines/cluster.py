@@ -22,6 +22,19 @@ SLOT = "slide"
 CORES_PER_WORKER = 4
 LEAST_WORKER_BYTES = 2_000_000_000
 """With less than this for each, fewer workers are started."""
+_DASK: dict[str, Any] = {
+    # A worker holds nothing but its slide: there is nothing to spill, and one that waits for
+    # memory that its own libraries cache would wait for ever.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": 0.95,
+    # A slide's death is judged by what it leaves behind, not by how often dask saw it.
+    "distributed.scheduler.allowed-failures": 0,
+    # A worker that is lost again, or still starting, this long after it was lost would be given
+    # up with its nanny: on a busy machine, one after the other, all of them.
+    "distributed.deploy.lost-worker-timeout": "1000 days",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +99,7 @@ def local_client(plan: LocalPlan, *, dashboard: str | None = None) -> Iterator["
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
-    config: dict[str, Any] = {
-        # A worker holds nothing but its slide: there is nothing to spill, and one that waits for
-        # memory that its own libraries cache would wait for ever.
-        "distributed.worker.memory.target": False,
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.worker.memory.terminate": 0.95,
-        # A slide's death is judged by what it leaves behind, not by how often dask saw it.
-        "distributed.scheduler.allowed-failures": 0,
-        # A worker that is lost again, or still starting, this long after it was lost would be given
-        # up with its nanny: on a busy machine, one after the other, all of them.
-        "distributed.deploy.lost-worker-timeout": "1000 days",
-    }
+    config = dict(_DASK)
     quiet = not log.isEnabledFor(logging.INFO)
     if quiet:
         config["logging"] = dict.fromkeys(_hush(), "critical")

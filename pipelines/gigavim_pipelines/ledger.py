@@ -75,15 +75,13 @@ class Ledger:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def begin_run(
-        self, run: str, *, version: str, recipe_name: str, recipe: str, command: str, rerun: str
-    ) -> None:
+    def begin_run(self, run: str, *, version: str, recipe: str, command: str, rerun: str) -> None:
         """Note a run, and that nothing is running from before."""
         with self.transaction():
             self._db.execute(
-                "INSERT INTO runs VALUES (?, ?, NULL, ?, ?, ?, ?, ?, ?, ?)",
-                (run, time.time(), socket.gethostname(), os.getpid(), version, recipe_name, recipe,
-                 command, rerun),
+                "INSERT INTO runs VALUES (?, ?, NULL, ?, ?, ?, ?, ?, ?)",
+                (run, time.time(), socket.gethostname(), os.getpid(), version, recipe, command,
+                 rerun),
             )  # fmt: skip
             self._db.execute("UPDATE slides SET state = 'waiting' WHERE state = 'running'")
 
@@ -158,12 +156,12 @@ class Ledger:
         outputs = {o.path: [o.size_bytes, o.sha256] for o in record.outputs.values()}
         self._db.execute(
             "INSERT OR REPLACE INTO slides (id, slide, label, state, noted, attempts, started,"
-            " seconds, peak_bytes, worker, recipe, input, size_bytes, outputs)"
-            " VALUES (?, ?, ?, 'done', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " seconds, peak_bytes, worker, recipe_name, recipe, input, size_bytes, outputs)"
+            " VALUES (?, ?, ?, 'done', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 record.id, record.slide, record.label, time.time(), attempt, record.started,
-                record.seconds, record.peak_bytes, record.worker, record.recipe, record.input,
-                record.size_bytes, json.dumps(outputs, separators=(",", ":")),
+                record.seconds, record.peak_bytes, record.worker, record.recipe_name, record.recipe,
+                record.input, record.size_bytes, json.dumps(outputs, separators=(",", ":")),
             ),
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ _SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY, started REAL NOT NULL, ended REAL, host TEXT, pid INTEGER,
-    version TEXT, recipe_name TEXT, recipe TEXT, command TEXT, rerun TEXT
+    version TEXT, recipe TEXT, command TEXT, rerun TEXT
 );
 CREATE TABLE IF NOT EXISTS slides (
     id TEXT PRIMARY KEY,
@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS slides (
     begun INTEGER NOT NULL DEFAULT 0,
     reason TEXT, error TEXT, advice TEXT,
     started REAL, seconds REAL, peak_bytes INTEGER, worker TEXT,
-    recipe TEXT, input TEXT, size_bytes INTEGER,
+    recipe_name TEXT, recipe TEXT, input TEXT, size_bytes INTEGER,
     outputs TEXT
 );
 CREATE TABLE IF NOT EXISTS attempts (

@@ -95,11 +95,11 @@ def _judge(entry: Entry, archive: Archive, recipe: Identity, verify: bool) -> Ve
 
 
 def _refuse_other_recipe(archive: Archive, recipe: Identity) -> None:
-    """`OutputError` if the latest run that left results here had another recipe."""
-    rows, runs = read_ledgers(archive.root)
-    name = runs[-1]["recipe_name"] if runs else recipe.name
-    if name != recipe.name and any(row["state"] in ("done", "removed") for row in rows):
-        raise OutputError(_other_recipe(archive, name, recipe.name))
+    """`OutputError` if some slide's results here are another recipe's."""
+    for row in read_ledgers(archive.root)[0]:
+        made_by = row["recipe_name"] if row["state"] in ("done", "removed") else None
+        if made_by and made_by != recipe.name:
+            raise OutputError(_other_recipe(archive, made_by, recipe.name))
 
 
 def _other_recipe(archive: Archive, there: str, wanted: str) -> str:

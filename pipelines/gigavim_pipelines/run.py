@@ -122,7 +122,6 @@ def run_batch(
         ledger.begin_run(
             run,
             version=__version__,
-            recipe_name=identity.name,
             recipe=recipe.model_dump_json(),
             command=options.command,
             rerun=options.rerun,

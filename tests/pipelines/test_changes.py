@@ -125,6 +125,10 @@ def test_another_recipe_needs_a_folder_of_its_own(run, faulty, make_slides, tmp_
         file.unlink()
     assert run("batch", other, *command).code == 1
     assert (tmp_path / "out/slides/a/a.done.json").read_text() == before
+    # One that made nothing has no claim to the folder.
+    bad = ("--overwrite", "--set", "recipe.task=os:getcwd")
+    assert run("batch", other, *command, *bad).code == 3
+    assert "0 to do, 2 done before" in run("batch", faulty, *command).err
     assert run("batch", other, *command, "--overwrite").code == 0
     assert json.loads((tmp_path / "out/slides/a/a.done.json").read_text())["recipe_name"] == "other"
     # Other settings are no other recipe: what they change is done again.

@@ -1,8 +1,8 @@
 """Disks that are full, and folders that cannot be written."""
 
+import errno
 import json
 import os
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -20,6 +20,8 @@ from gigavim_pipelines.ledger import Ledger, read_ledgers
 from gigavim_pipelines.ledger_files import ledger_path
 from gigavim_pipelines.space import why_full
 from gigavim_pipelines.status import read_status
+
+resource = pytest.importorskip("resource", reason="limits are POSIX's")
 
 FAT = '''
 """A task that writes as many bytes as a slide says."""
@@ -133,7 +135,14 @@ def test_a_ledger_that_grows_beyond_a_limit_ends_the_run_cleanly(fat, make_slide
     assert read_status(tmp_path / "out").counts["done"] == 60
 
 
-def test_room_is_found_out_by_trying(tmp_path, small_disk):
+def _refuse(handle, start, size):
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_room_is_found_out_by_trying(tmp_path, small_disk, monkeypatch, reserves):
+    if not reserves:  # as ZFS refuses
+        monkeypatch.setattr(os, "posix_fallocate", _refuse)
     assert why_full(tmp_path) is None
     place = small_disk("size=2m")
     assert why_full(place, 1_000_000) is None
@@ -158,7 +167,7 @@ def killed(tmp_path):
     place = tmp_path / "killed"
     (place / "slides/a").mkdir(parents=True)
     with Ledger(ledger_path(tmp_path, None)) as ledger:
-        ledger.begin_run("r", version="1", recipe_name="r", recipe="{}", command="", rerun="")
+        ledger.begin_run("r", version="1", recipe="{}", command="", rerun="")
         ledger.wait([Entry("a", "/a.svs"), Entry("b", "/b.svs")])
         ledger.running("a", 1)
         for name in ("ledger.sqlite", "ledger.sqlite-wal"):

@@ -21,9 +21,7 @@ def record(slide_id, started=100.0):
 
 
 def begin(ledger, run="run"):
-    ledger.begin_run(
-        run, version="1", recipe_name="r", recipe="{}", command="gigavim", rerun="gigavim again"
-    )
+    ledger.begin_run(run, version="1", recipe="{}", command="gigavim", rerun="gigavim again")
 
 
 @pytest.fixture
