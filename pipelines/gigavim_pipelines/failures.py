@@ -33,7 +33,8 @@ class Failure:
 
 ADVICE = {
     "corrupt": "copy or export the file again",
-    "unsupported": "convert it to a format that gigavim reads, or leave it out",
+    "unsupported": "convert it to a format that gigavim reads, or leave it out (where channels are"
+    " the matter: --set input.channels=[0,1,2])",
     "no mpp": "fill in its mpp in failed.csv, or in a manifest (slide,mpp)",
     "slide": "see the message",
     "permission": "let the user that runs the workers read it (of a URL: check the credentials)",
