@@ -70,7 +70,9 @@ class ImageSlide(Slide):
         with Image.open(self.path, formats=FORMATS) as image:
             width, height = image.size
             if width < 1 or height < 1:
-                raise CorruptSlideError(f"{self.path}: claims {width} x {height} px")
+                raise CorruptSlideError(
+                    f"{self.path}: claims {width} x {height} px; export it again"
+                )
             if width * height > MAX_IMAGE_PX:
                 raise _too_large(self.path, f"{width} x {height} px")
             form, mode, dpi = image.format or "image", image.mode, image.info.get("dpi")
