@@ -77,10 +77,11 @@ def resolution(slide: "Slide", card: ModelCard, settings: ModelSettings) -> floa
     if own > coarsest * 1.05 or not finest * 0.95 <= wanted <= coarsest * 1.05:
         seen, origin = (own, slide.mpp.source) if own > coarsest * 1.05 else (wanted, "model.mpp")
         trained = f"{length_text(finest)} to {length_text(coarsest)}"
+        asked = "leave out --mpp and --mag, " if settings.mpp else ""
         raise ModelError(
             f"{slide.path}: {card.name} was trained for {trained} per pixel, this would be "
             f"{length_text(seen)} (from {origin}). Choose another --model, correct the file's "
-            "resolution with --slide-mpp, leave out --mpp and --mag, or insist with "
+            f"resolution with --slide-mpp, {asked}or insist with "
             "--allow-mpp-mismatch."
         )
     return wanted

@@ -159,7 +159,9 @@ def _explain(error: ValidationError, kind: type[BaseModel], origin: str) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, _known_keys(kind), n=1)
-        hint = f" Did you mean `{close[0]}`?" if close else " See gigavim.toml for all settings."
+        section = key.rpartition(".")[0]
+        known = [one for one in _known_keys(kind) if one.rpartition(".")[0] == section]
+        hint = f" Did you mean `{close[0]}`?" if close else f" Settings there: {', '.join(known)}."
         return f"{origin}: unknown setting `{key}`.{hint}"
     reason = first["msg"].removeprefix("Value error, ")
     return f"{origin}: setting `{key}` = {first['input']!r}: {reason}."

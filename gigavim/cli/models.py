@@ -49,7 +49,10 @@ def show(name: str | None, as_json: bool) -> None:
         if name is None:
             classes = ", ".join(spec.name for spec in card.classes)
             size = length_text(card.mpp)
-            click.echo(f"{key}\n  {card.description}\n  {size} per pixel; {classes}")
+            about = click.wrap_text(
+                card.description, 100, initial_indent="  ", subsequent_indent="  "
+            )
+            click.echo(f"{key}\n{about}\n  {size} per pixel; {classes}")
         else:
             _show(card.model_dump(mode="json"), indent="")
 

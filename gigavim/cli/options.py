@@ -1,11 +1,14 @@
 """Options that several commands share, so that a flag is spelled the same everywhere."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from gigavim.errors import SettingsError
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
@@ -31,7 +34,7 @@ def verbosity(function: Function) -> Function:
 
 def _set_verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     # What libraries log about a damaged file is said by our own one-line error: only -v shows it.
-    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.CRITICAL, format="%(levelname)s: %(message)s")
     if value:
         logging.getLogger().setLevel(logging.WARNING)
     if value or ctx.parent is None:
@@ -56,9 +59,9 @@ def is_quiet() -> bool:
 _logger = logging.getLogger("gigavim")
 
 
-def one_line(error: Exception) -> str:
-    """An error's message on one line: what a file name may hold besides text is written out."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(error))
+def one_line(what: object) -> str:
+    """A path, or an error's message, on one line: what is no text in a file name is written out."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(what))
 
 
 def inputs(**attrs: Any) -> Decorator:
@@ -81,6 +84,33 @@ def channels(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter("three channel numbers are wanted, such as 0,1,2", ctx, param)
     return [int(part) for part in parts]
+
+
+def size(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Let a size of memory through as it is written, such as "4GB", or "auto".
+
+    Raises:
+        click.BadParameter: no size.
+    """
+    from gigavim.engine.memory import parse_bytes
+
+    if value is not None and value != "auto":
+        try:
+            parse_bytes(value)
+        except SettingsError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+    return value
+
+
+def device(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Let the name of a device through, whether it is there or not.
+
+    Raises:
+        click.BadParameter: no name of a device.
+    """
+    if value is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:1, mps", ctx, param)
+    return value
 
 
 slide_mpp = click.option(

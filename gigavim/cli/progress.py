@@ -36,7 +36,8 @@ class Bars:
             seconds = max(time.perf_counter() - started, 1e-9)
             decimals = 1 if unit == "Mpx" else 0
             amount, rate = (f"{value:,.{decimals}f} {unit}" for value in (total, total / seconds))
-            click.echo(f"{name:>8}: {amount} in {seconds:.1f} s ({rate}/s)", err=True)
+            speed = "" if unit == "files" else f" ({rate}/s)"
+            click.echo(f"{name:>8}: {amount} in {seconds:.1f} s{speed}", err=True)
 
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar:24}| AMOUNT{unit} [{elapsed}<{remaining}, {rate_fmt}]"

@@ -1,6 +1,7 @@
 """What commands that work through slides share: their flags, their names, their loop."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ from gigavim.cli import options
 from gigavim.cli.progress import Bars
 from gigavim.config import Settings, load_settings
 from gigavim.errors import GigavimError
-from gigavim.names import own_name, result_stem
+from gigavim.names import as_text, own_name, result_stem
 from gigavim.outputs.formats import FORMATS
 
 if TYPE_CHECKING:
+    from gigavim.engine.plan import Plan
     from gigavim.progress import Progress
     from gigavim.results import Result
 
@@ -68,16 +70,29 @@ _SLIDE_FLAGS = (
         help="Share of a patch that must be tissue  [default: 0, any].",
     ),
     overwrite,
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps  [default: auto]."),
+    click.option(
+        "--device",
+        callback=options.device,
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, mps  [default: auto].",
+    ),
     click.option(
         "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Of matrix products."
     ),
     click.option("--threads", type=click.IntRange(min=0), help="CPU threads of the encoder."),
     click.option("--num-workers", type=click.IntRange(min=0), help="Threads that read the slide."),
     click.option(
-        "--max-memory", metavar="SIZE", help="Such as 4GB  [default: 80 % of what is free]."
+        "--max-memory",
+        callback=options.size,
+        metavar="SIZE",
+        help="Such as 4GB  [default: 80 % of what is free].",
     ),
-    click.option("--max-gpu-memory", metavar="SIZE", help="The same for the device's memory."),
+    click.option(
+        "--max-gpu-memory",
+        callback=options.size,
+        metavar="SIZE",
+        help="The same for the device's memory.",
+    ),
     click.option(
         "--scratch-dir", metavar="DIR", help="For working files  [default: in the output]."
     ),
@@ -250,13 +265,23 @@ def run_slides(
         if dry_run:
             from gigavim.segmentation import plan_segmentation
 
-            click.echo("\n".join(plan_segmentation(path, settings).describe()))
+            report_plan(path, plan_segmentation(path, settings), as_json=as_json)
             return
         if not options.is_quiet():
             click.echo(f"{path}", err=True)
         report(make(path, stem, Bars(quiet=options.is_quiet())), as_json=as_json)
 
     return run_all(output_stems(inputs), work, fail_fast=fail_fast)
+
+
+def report_plan(path: Path, plan: "Plan", *, as_json: bool) -> None:
+    """What working through a slide would take."""
+    if as_json:
+        import orjson
+
+        click.echo(orjson.dumps({"slide": as_text(path)} | asdict(plan)).decode())
+    else:
+        click.echo("\n  ".join([options.one_line(path), *plan.describe()]))
 
 
 def report(result: "Result", *, as_json: bool) -> None:
@@ -266,6 +291,7 @@ def report(result: "Result", *, as_json: bool) -> None:
 
         click.echo(orjson.dumps(result.summary).decode())
     elif not options.is_quiet():
+        click.echo(f"  {result.made_by()}")
         for entry in result.areas():
             click.echo(f"  {entry}")
         for path in result.outputs.values():

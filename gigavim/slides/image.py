@@ -10,6 +10,7 @@ from PIL import Image
 from gigavim.errors import CorruptSlideError, SlideError, UnsupportedSlideError
 from gigavim.frames import Bounds
 from gigavim.slides.base import RGB, WHITE, Level, OpenOptions, Slide
+from gigavim.slides.chatter import silenced
 from gigavim.slides.mpp import choose_mpp, from_resolution
 from gigavim.slides.pixels import PixelRule, SampleLayout, choose_rule
 
@@ -50,7 +51,7 @@ class ImageSlide(Slide):
         self.background_rgb = WHITE
         self.georeference = None
         try:
-            with warnings.catch_warnings():
+            with silenced(), warnings.catch_warnings():
                 # The limit is our own, checked before anything is decoded.
                 # What Pillow warns about, damaged tags, ends in an error or does not matter.
                 warnings.simplefilter("ignore")
@@ -69,7 +70,9 @@ class ImageSlide(Slide):
         with Image.open(self.path, formats=FORMATS) as image:
             width, height = image.size
             if width < 1 or height < 1:
-                raise CorruptSlideError(f"{self.path}: claims {width} x {height} px")
+                raise CorruptSlideError(
+                    f"{self.path}: claims {width} x {height} px; export it again"
+                )
             if width * height > MAX_IMAGE_PX:
                 raise _too_large(self.path, f"{width} x {height} px")
             form, mode, dpi = image.format or "image", image.mode, image.info.get("dpi")

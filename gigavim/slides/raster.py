@@ -91,7 +91,8 @@ class RasterSlide(Slide):
         self.background_rgb = WHITE
         self._datasets = ThreadHandles[_Datasets](lambda: _Datasets(path))
         try:
-            self._open()
+            with rasterio.Env():  # without one, GDAL writes to standard error what it reports too
+                self._open()
         except SlideError:
             self.close()
             raise
@@ -156,9 +157,10 @@ class RasterSlide(Slide):
         """Return (bands, height, width) samples, or the (height, width) mask."""
         window = Window(x, y, width, height)
         try:
-            raster = self._datasets.get().level(level)
-            read = raster.dataset_mask if mask else raster.read
-            samples: npt.NDArray[np.generic] = read(window=window)
+            with rasterio.Env():
+                raster = self._datasets.get().level(level)
+                read = raster.dataset_mask if mask else raster.read
+                samples: npt.NDArray[np.generic] = read(window=window)
             return samples
         # GDAL's own errors reach Python as many unrelated kinds.
         except Exception as error:

@@ -71,7 +71,7 @@ def look_at(path: Path) -> Source:
     if path.is_dir():
         return Source(path, _kind_of_directory(path))
     if not path.is_file():
-        raise UnsupportedSlideError(f"{path}: is not an ordinary file")
+        raise UnsupportedSlideError(f"{path}: is not an ordinary file; copy it to one first")
     if path.suffix.lower() == MIRAX_SUFFIX:
         return Source(path, _kind_of_mirax(path))
     try:
@@ -186,7 +186,8 @@ def _kind_of_directory(path: Path) -> Kind:
     files = [item.name for item in path.iterdir() if item.is_file()]
     shown = f"; it holds {', '.join(sorted(files)[:3])}" if files else ""
     raise UnsupportedSlideError(
-        f"{path}: is a directory and no slide (no OME-Zarr, no DICOM){shown}; give one slide"
+        f"{path}: is a directory and no slide (no OME-Zarr, no DICOM){shown}; give one slide, "
+        "or a folder of slides to gigavim batch"
     )
 
 

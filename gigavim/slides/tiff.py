@@ -71,8 +71,12 @@ class TiffSlide(Slide):
         # Damaged tags have values of any type; tifffile and its users stumble over them anywhere.
         except Exception as error:
             self.close()
+            senseless = isinstance(
+                error, TypeError | LookupError | AttributeError | ArithmeticError
+            )
+            why = "its tags make no sense" if senseless else str(error)
             raise CorruptSlideError(
-                f"{path}: is a damaged TIFF ({error}); export it again"
+                f"{path}: is a damaged TIFF ({why}); export it again"
             ) from error
 
     def _open(self, tiff: tifffile.TiffFile) -> None:

@@ -162,7 +162,7 @@ def _level(path: Path, tiff: Any, series: Any, leading: str, channels: int) -> T
     wide = int(keyframe.tilewidth) if tiled else width
     high = int(keyframe.tilelength) if tiled else min(int(keyframe.rowsperstrip), height)
     if wide < 1 or high < 1:
-        raise CorruptSlideError(f"{path}: has tiles of {wide} x {high} px")
+        raise CorruptSlideError(f"{path}: has tiles of {wide} x {high} px; export it again")
     columns, rows = math.ceil(width / wide), math.ceil(height / high)
     planes: list[Plane] = []
     for page in _channel_pages(path, tiff, series, leading, channels):

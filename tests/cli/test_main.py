@@ -49,7 +49,25 @@ def test_version(run):
 def test_unknown_command_is_a_usage_error(run):
     result = run("segmnt", "x.svs")
     assert result.code == 2
-    assert "segmnt" in result.err
+    assert "Did you mean segment?" in result.err
+
+
+def test_a_slide_where_a_command_should_be_is_understood(run):
+    result = run("slide.svs")
+    assert result.code == 2
+    assert "gigavim segment slide.svs" in result.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--max-memory", "lots"), ("--max-gpu-memory", "-3GB"), ("--max-memory", "0"),
+     ("--device", "toaster"), ("--device", "cuda:x")],
+)  # fmt: skip
+def test_a_flag_that_makes_no_sense_is_a_usage_error(run, flags):
+    result = run("segment", "a.svs", "b.svs", *flags)
+    assert result.code == 2
+    assert flags[0] in result.err
+    assert "a.svs" not in result.err
 
 
 @pytest.mark.parametrize("command", ["info", "segment"])

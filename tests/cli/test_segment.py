@@ -114,9 +114,9 @@ def test_fail_fast_stops_at_the_first(run, make_slide, tiny_model, tmp_path):
     [
         (["--model", "no-such-model"], 1, ["no-such-model", "histo-nuclei-nano"]),
         (["--device", "cuda:99"], 1, ["cuda:99", "--device cpu"]),
-        (["--device", "abacus"], 1, ["abacus"]),
+        (["--device", "abacus"], 2, ["abacus"]),
         (["--mpp", "0.5", "--mag", "20"], 2, ["--mpp", "--mag"]),
-        (["--max-memory", "lots"], 1, ["lots"]),
+        (["--max-memory", "lots"], 2, ["lots"]),
         (["--max-memory", "1MB"], 1, ["MB"]),
         (["--channels", "0,1"], 2, ["0,1,2"]),
         (["--channels", "²,1,2"], 2, ["0,1,2"]),
@@ -215,6 +215,14 @@ def test_dry_run_writes_nothing(run, make_slide, tiny_model, tmp_path):
     assert result.code == 0
     assert "tokens" in result.out
     assert not (tmp_path / "gigavim_out").exists()
+
+
+def test_dry_run_names_the_slide_and_speaks_json(run, make_slide, tiny_model):
+    slide = make_slide()
+    assert run("segment", slide, "--model", tiny_model, "--dry-run").out.startswith(str(slide))
+    planned = json.loads(run("segment", slide, "--model", tiny_model, "--dry-run", "--json").out)
+    assert planned["slide"] == str(slide)
+    assert planned["tokens"] > 0
 
 
 def test_json_is_one_object_on_standard_output(run, make_slide, tiny_model):
