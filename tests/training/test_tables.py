@@ -11,7 +11,7 @@ from gigavim.training.pack import read_pictures, write_pack
 from gigavim.training.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks import quality  # noqa: E402
+from benchmarks import quality
 
 
 @pytest.fixture(scope="module")
