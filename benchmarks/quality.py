@@ -3,36 +3,44 @@
 Every row of a table is trained on the same data with the same canvases, loss, optimiser, seed and
 minutes, and scored on the same held-out groups. TABLE is one of
 
-- peers: Vim-Ti and Vim nano, a U-Net (MONAI's), and a network of DeiT-Ti's shape (timm's) with the
-  linear head of ours; canvases up to 16 blocks, as attention over more would see few of them;
+- peers: Vim-Ti with either head and Vim nano, a U-Net (MONAI's), and a network of DeiT-Ti's shape
+  (timm's) with the linear head of ours; canvases up to 16 blocks, as attention over more would see
+  few of them;
 - orders: scan orders, everything else equal; by length of the sequence and at block borders;
-- strides: patches of 8 px every 8, of 16 every 16, and of 16 every 8;
-- directions: the paper's bidirectional variants.
+- strides: patches of 8 px every 8, of 16 every 16, and of 16 every 8, from scratch and going on
+  from the row before, as the paper's long-sequence fine-tuning does;
+- heads: what turns tokens into pixels;
+- directions: the paper's bidirectional variants (its Table 4). "Bidirectional sequence", which
+  turns sequences at random, is not among them: canvases are turned at random in every row;
+- class_tokens: where the class token stands, and pooling (its Table 5), on the classification of
+  canvases that `benchmarks.image_level` explains.
 
 Meant for one GPU; `--steps` in place of `--minutes` makes a quick trial anywhere. MONAI and timm
-are wanted for `peers` only, and are no dependencies of gigavim.
+are wanted for `peers` only, and are no dependencies of gigavim; rows that need them are left out
+where they are not installed.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
-from gigavim.model.config import VimConfig
+from benchmarks import image_level
+from gigavim.model.config import HeadKind, VimConfig
 from gigavim.model.heads import LinearHead, stitch
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
-from gigavim.training.pack import read_pack, split
+from gigavim.training.pack import Picture, read_pack, split
 from gigavim.training.recipe import Recipe, load_recipe
-from gigavim.training.run import fast_products, new_model, pick_device
+from gigavim.training.run import fast_products, hardware, new_model, pick_device
 
 MOSAIC_SIDES = (3, 11, 34)
 PEER_BLOCKS = 16
@@ -44,7 +52,10 @@ class Row:
 
     name: str
     recipe: Recipe
-    make: Callable[[Recipe], nn.Module]
+    make: Callable[[Recipe], nn.Module] = new_model
+    goes_on_from: str | None = None
+    """The row whose weights it starts from, at a third of the learning rate."""
+    is_image_level: bool = False
 
 
 def with_parts(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
@@ -93,38 +104,71 @@ def deit(recipe: Recipe) -> nn.Module:
 
 def peers(recipe: Recipe) -> list[Row]:
     recipe = with_parts(recipe, schedule={"largest_blocks": PEER_BLOCKS})
+    tiny = with_encoder(recipe, d_model=192, depth=24)
     nano = with_encoder(recipe, d_model=96, depth=11)
+    linear, fpn = ({"head": kind, "head_width": 0} for kind in ("linear", "fpn"))
     return [
-        Row("Vim-Ti", with_encoder(recipe, d_model=192, depth=24), new_model),
-        Row("Vim nano", nano, new_model),
+        Row("Vim-Ti + linear head", with_parts(tiny, model=linear)),
+        Row("Vim-Ti + fpn head", with_parts(tiny, model=fpn)),
+        Row("Vim nano + linear head", with_parts(nano, model=linear)),
         Row("U-Net (MONAI BasicUNet)", recipe, unet),
         Row("DeiT-Ti + linear head", recipe, deit),
     ]
 
 
 def orders(recipe: Recipe) -> list[Row]:
-    names = ("blocks(16)", "blocks(16, hilbert)", "raster", "serpentine", "hilbert")
-    return [Row(name, with_parts(recipe, model={"order": name}), new_model) for name in names]
+    side = recipe.model.scan_order.block or 16
+    names = (f"blocks({side})", f"blocks({side}, hilbert)", "raster", "serpentine", "hilbert")
+    return [Row(name, with_parts(recipe, model={"order": name})) for name in names]
 
 
 def strides(recipe: Recipe) -> list[Row]:
     pairs = ((8, 8), (16, 16), (16, 8))
-    return [
+    rows = [
         Row(
-            f"patch {patch} stride {stride}",
-            with_encoder(recipe, patch_px=patch, stride_px=stride),
-            new_model,
+            f"patch {patch} stride {stride}", with_encoder(recipe, patch_px=patch, stride_px=stride)
         )
         for patch, stride in pairs
+    ]
+    return [*rows, Row(f"{rows[1].name}, then stride 8", rows[2].recipe, new_model, rows[1].name)]
+
+
+def heads(recipe: Recipe) -> list[Row]:
+    return [
+        Row(kind, with_parts(recipe, model={"head": kind, "head_width": 0}))
+        for kind in get_args(HeadKind)
     ]
 
 
 def directions(recipe: Recipe) -> list[Row]:
-    kinds = ("v2", "v1", "none")
-    return [Row(kind, with_encoder(recipe, bidirectional=kind), new_model) for kind in kinds]
+    return [
+        Row(kind, with_encoder(recipe, bidirectional=kind, divide_out=kind == "v2"))
+        for kind in ("none", "layer_pairs", "v1", "v2")
+    ]
 
 
-TABLES = {"peers": peers, "orders": orders, "strides": strides, "directions": directions}
+def class_tokens(recipe: Recipe) -> list[Row]:
+    largest = min(4, recipe.schedule.largest_blocks)
+    recipe = with_parts(recipe, schedule={"largest_blocks": largest})
+    kinds = [(kind, "class") for kind in ("middle", "head", "double")]
+    return [
+        Row(
+            f"class token: {kind}" if kind != "none" else f"no class token, {pooling} pooling",
+            with_encoder(recipe, class_token=kind, pooling=pooling),
+            is_image_level=True,
+        )
+        for kind, pooling in [*kinds, ("none", "mean"), ("none", "max")]
+    ]
+
+
+TABLES = {
+    "peers": peers,
+    "orders": orders,
+    "strides": strides,
+    "heads": heads,
+    "directions": directions,
+    "class_tokens": class_tokens,
+}
 
 
 @dataclass(frozen=True)
@@ -144,14 +188,21 @@ class Peer:
         return logits[..., :height, :width].max(1).indices.to(torch.uint8)
 
 
-def train(row: Row, atlas: Atlas) -> tuple[nn.Module, loop.Progress, int]:
-    """Train a row; returns the averaged model, its progress and the pixels it saw."""
+def train(row: Row, atlas: Atlas, start: nn.Module | None) -> tuple[nn.Module, loop.Progress, int]:
+    """Train a row from the weights of another, or from none.
+
+    Returns:
+        The averaged model, its progress and the pixels it saw.
+    """
     canvases, device = Canvases(atlas, row.recipe), atlas.device
     torch.manual_seed(row.recipe.schedule.seed)
     model = row.make(row.recipe).to(device)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     if isinstance(model, SegmentationModel):
-        generator = Generator(device).manual_seed(row.recipe.schedule.seed)
-        loop.init_patch_embedding(model, canvases.draw((2, 2), 16, generator)[0])
+        if start is None:
+            generator = Generator(device).manual_seed(row.recipe.schedule.seed)
+            loop.init_patch_embedding(model, canvases.draw((2, 2), 16, generator)[0])
         forward = loop.vim_forward(model, row.recipe)
     else:
 
@@ -197,8 +248,54 @@ def measure(
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@dataclass
+class Bench:
+    """The data, and what was trained so far."""
+
+    atlas: Atlas
+    held_out: list[Picture]
+    by_length: bool
+    done: dict[str, nn.Module] = field(default_factory=dict)
+
+    def dense(self, row: Row) -> dict[str, float]:
+        """Train and score a row that segments."""
+        start = None
+        if row.goes_on_from is not None:
+            start = self.done[row.goes_on_from]
+            rate = row.recipe.schedule.peak_rate / 3
+            row = replace(row, recipe=with_parts(row.recipe, schedule={"peak_rate": rate}))
+        model, progress, pixels = train(row, self.atlas, start)
+        self.done[row.name] = model
+        mpp, device = row.recipe.model.mpp, self.atlas.device
+        shown = [score.show(picture, mpp, device) for picture in self.held_out]
+        small = max(max(item.labels.shape) for item in shown) <= 512
+        facts = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "steps": progress.step,
+            "training_seconds": progress.seconds,
+            "megapixels": pixels / 1e6,
+        }
+        return facts | measure(row, model, self.atlas, shown, long=small and self.by_length)
+
+    def image_level(self, row: Row) -> dict[str, float]:
+        """Train and score a row that classifies canvases."""
+        unseen = Atlas(self.held_out, self.atlas.device)
+        progress, scores = image_level.train(row.recipe, self.atlas, unseen)
+        return {"steps": progress.step, "training_seconds": progress.seconds} | scores
+
+
+def rows_of(table: str, recipe: Recipe, only: str | None) -> list[Row]:
+    """The rows of a table whose name contains `only`, and those that they go on from."""
+    rows = TABLES[table](recipe)
+    chosen = [row for row in rows if only is None or only in row.name]
+    needed = {row.goes_on_from for row in chosen}
+    return [row for row in rows if row in chosen or row.name in needed]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--recipe", default="histo-nuclei")
     parser.add_argument("--data", type=Path, required=True, help="made with `gigavim train --pack`")
@@ -207,37 +304,27 @@ def main() -> None:
     parser.add_argument("--only", help="rows whose name contains this")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     recipe = load_recipe(options.recipe, steps=options.steps, max_minutes=options.minutes)
     device = pick_device(options.device)
     train_on, held_out = split(read_pack(options.data, recipe), recipe)
-    atlas = Atlas(train_on, device)
-    shown = [score.show(picture, recipe.model.mpp, device) for picture in held_out]
-    small = max(max(item.labels.shape) for item in shown) <= 512
+    bench = Bench(Atlas(train_on, device), held_out, options.table == "orders")
     table: dict[str, Any] = {}
     with fast_products(device, workers=1):
-        for row in TABLES[options.table](recipe):
-            if options.only and options.only not in row.name:
-                continue
+        for row in rows_of(options.table, recipe, options.only):
             began = time.monotonic()
-            model, progress, pixels = train(row, atlas)
-            scores = measure(row, model, atlas, shown, long=small and options.table == "orders")
-            facts = {
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "steps": progress.step,
-                "training_seconds": round(progress.seconds, 1),
-                "megapixels": round(pixels / 1e6),
-            }
-            table[row.name] = facts | {key: round(value, 4) for key, value in scores.items()}
+            try:
+                values = bench.image_level(row) if row.is_image_level else bench.dense(row)
+                table[row.name] = {key: round(value, 4) for key, value in values.items()}
+            except ImportError as error:
+                table[row.name] = {"left out": str(error)}
             print(f"{row.name}: {json.dumps(table[row.name])}", flush=True)
             print(f"  {time.monotonic() - began:.0f} s in all", flush=True)
             if options.json:
                 about = {
                     "table": options.table,
                     "recipe": recipe.model.name,
-                    "device": torch.cuda.get_device_name(device)
-                    if device.type == "cuda"
-                    else "CPU",
+                    "device": hardware(device, 1),
                     "rows": table,
                 }
                 options.json.write_text(json.dumps(about, indent=2) + "\n")

@@ -24,6 +24,15 @@ from gigavim.cli import options
               default=Path("gigavim_evaluation"), show_default=True)  # fmt: skip
 @click.option("--tolerance-px", type=click.IntRange(min=0), default=2, show_default=True,
               help="How far a boundary may be off in the boundary F1.")  # fmt: skip
+@click.option(
+    "--context",
+    type=click.Choice(["whole", "window"]),
+    default="whole",
+    show_default=True,
+    help="See a picture as one sequence, or only windows of it.",
+)
+@click.option("--window-px", type=click.IntRange(min=8), default=224, show_default=True,
+              help="Side of these windows, in pixels of the model.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @options.as_json
 @options.verbosity
@@ -34,6 +43,8 @@ def command(
     groups: str | None,
     output: Path,
     tolerance_px: int,
+    context: str,
+    window_px: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -47,8 +58,10 @@ def command(
     Examples:
       gigavim evaluate histo-nuclei-nano /data/histo
       gigavim evaluate runs/my/model my.npz --recipe my.toml --groups all
+      gigavim evaluate aerial-landcover dubai.npz --context window
     """
     import json
+    from dataclasses import replace
 
     from gigavim.errors import ModelError
     from gigavim.model.checkpoint import load_model
@@ -69,7 +82,10 @@ def command(
     pictures = of_groups(load_data(data, rules), groups, rules.split.validation_groups)
     where = pick_device(device)
     predictor = score.Predictor(network.to(where), card.scan_order, card.mean, card.std)
+    if context == "window":
+        predictor = replace(predictor, window_px=window_px)
     report, seen = evaluate.evaluate(predictor, card, pictures, where, tolerance_px=tolerance_px)
+    report["context"] = "whole" if context == "whole" else f"windows of {window_px} px"
     text = json.dumps(report, indent=2)
     with OutputSet(overwrite=True) as outputs:
         outputs.path(output / "evaluation.json").write_text(text + "\n", encoding="utf-8")

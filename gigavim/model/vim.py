@@ -202,7 +202,8 @@ class Vim(nn.Module):
         match self.config.pooling:
             case "class":
                 patches = encoded.shape[1] - self.config.class_tokens
-                return encoded[:, list(class_slots(patches, self.config.class_token))].mean(1)
+                slots = class_slots(patches, self.config.class_token)
+                return torch.stack([encoded[:, slot] for slot in slots]).mean(0)
             case "mean":
                 return encoded.mean(1)
             case "max":

@@ -65,12 +65,6 @@ class ModelRecipe(_Section):
         except GigavimError as error:
             raise ValueError(str(error)) from None
 
-    @model_validator(mode="after")
-    def _trainable(self) -> Self:
-        if self.encoder.class_token != "none":
-            raise ValueError("segmentation is trained without a class token: class_token = 'none'")
-        return self
-
     @property
     def scan_order(self) -> ScanOrder:
         """`order`, parsed."""

@@ -264,7 +264,7 @@ class Run:
             ),
             seeds=(recipe.schedule.seed,),
             hours=round(progress.seconds / 3600, 3),
-            hardware=_hardware(self.device, self.ranks.count),
+            hardware=hardware(self.device, self.ranks.count),
         )
         change = metrics["bfloat16_changes"]
         return ModelCard(
@@ -298,7 +298,8 @@ def _command(recipe: Recipe, progress: loop.Progress) -> str:
     return f"gigavim train {recipe.model.name} --max-minutes {minutes:g} ({progress.step} steps)"
 
 
-def _hardware(device: torch.device, ranks: int) -> str:
+def hardware(device: torch.device, ranks: int) -> str:
+    """What a training ran on, for people."""
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
     return f"{os.cpu_count()} CPU cores"

@@ -51,13 +51,15 @@ class Predictor:
     std: Sequence[float]
     half: bool = False
     """Multiply in bfloat16."""
+    window_px: int | None = None
+    """Cut images into windows of this side and see each by itself, in place of whole images."""
 
     @torch.no_grad()
     def labels(self, images: Tensor) -> Tensor:
         """Label images (n, 3, h, w) in [0, 1], each in one sequence: returns (n, h, w) uint8."""
         height, width = images.shape[2:]
         config = self.model.encoder.config
-        if config.stride_px != config.patch_px:
+        if config.stride_px != config.patch_px or self.window_px is not None:
             return self.logits(images).max(1).indices.to(torch.uint8)
         grid, patch = self._features(images), config.patch_px
         count, rows, cols, _ = grid.shape
@@ -76,7 +78,23 @@ class Predictor:
     def logits(self, images: Tensor) -> Tensor:
         """Segment images (n, 3, h, w) in [0, 1]: returns (n, classes, h, w) float32."""
         height, width = images.shape[2:]
+        if self.window_px is not None and max(height, width) > self.window_px:
+            return self._in_windows(images, self.window_px)
         return self.model.logits(self._features(images))[..., :height, :width]
+
+    def _in_windows(self, images: Tensor, side: int) -> Tensor:
+        height, width = images.shape[2:]
+        rows = [
+            torch.cat(
+                [
+                    self.logits(images[:, :, y : y + side, x : x + side])
+                    for x in range(0, width, side)
+                ],
+                3,
+            )
+            for y in range(0, height, side)
+        ]
+        return torch.cat(rows, 2)
 
     def _features(self, images: Tensor) -> Tensor:
         """Mirror images to whole blocks, encode them: (n, rows, cols, features) float32."""

@@ -85,6 +85,11 @@ def test_pack_train_resume_and_segment(run, tmp_path, data, recipe):
     report = json.loads((tmp_path / "scores/evaluation.json").read_text())
     assert sum(map(sum, report["confusion"]["pixels"])) == 96 * 96
     assert Image.open(tmp_path / "scores/evaluation.png").width > 4 * 96
+    cut = run(
+        "evaluate", "runs/model", "packed.npz", "--recipe", recipe, "-o", "cut", "--context",
+        "window", "--window-px", 32, "--json",
+    )  # fmt: skip
+    assert json.loads(cut.out)["context"] == "windows of 32 px"
     wrong = run("evaluate", "runs/model", "packed.npz", "--recipe", recipe, "--groups", "g09")
     assert wrong.code == 1
     assert "no pictures are of g09" in wrong.err

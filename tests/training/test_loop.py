@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,6 +61,29 @@ def test_training_lowers_the_loss_and_repeats(canvases, workers):
             for model in (new_model(canvases.recipe), first)
         )
     assert after < before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_token": "middle", "pooling": "class"},
+        {"class_token": "double", "pooling": "class"},
+        {"bidirectional": "layer_pairs", "divide_out": False},
+        {"bidirectional": "v1", "divide_out": False},
+        {"bidirectional": "none", "divide_out": False},
+    ],
+    ids=lambda changes: next(iter(changes.values())),
+)
+def test_variants_of_the_paper_train(canvases, changes):
+    encoder = replace(canvases.recipe.model.encoder, **changes)
+    section = canvases.recipe.model.model_copy(update={"encoder": encoder, "head": "fpn"})
+    other = Canvases(canvases.atlas, canvases.recipe.model_copy(update={"model": section}))
+    before = new_model(other.recipe).state_dict()
+    model, _, losses = trained(other)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    for name, value in model.state_dict().items():
+        if "encoder.layers" in name:
+            assert not torch.equal(value, before[name]), name
 
 
 def test_a_resumed_run_is_the_same_run(canvases, tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,3 +84,18 @@ def test_lengths_and_windows_run_to_the_end():
     }
     assert all(0 <= value <= 1 for value in scores.values())
     assert 0 <= score.by_windows(predictor(), shown(2, 70), ("a", "b", "c"))["miou_in_windows"] <= 1
+
+
+def test_windows_see_only_themselves():
+    whole = predictor()
+    parts = replace(whole, window_px=40)
+    images = torch.rand(1, 3, 70, 100)
+    found = parts.labels(images)
+    assert found.shape == (1, 70, 100)
+    for y in range(0, 70, 40):
+        for x in range(0, 100, 40):
+            window = (slice(y, y + 40), slice(x, x + 40))
+            alone = whole.labels(images[:, :, *window])
+            assert torch.equal(found[:, *window], alone)
+    assert not torch.equal(found, whole.labels(images))
+    assert torch.equal(parts.labels(images[..., :40, :40]), whole.labels(images[..., :40, :40]))
