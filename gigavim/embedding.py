@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gigavim.config import Settings
 from gigavim.names import result_stem
-from gigavim.outputs.atomic import OutputSet
+from gigavim.outputs.atomic import OutputSet, sync_tree
 from gigavim.outputs.formats import result_paths
 from gigavim.outputs.results import summary_of, write_results
 from gigavim.pipeline import Stopwatch, open_input, prepare, scratch_folder, scratch_parent, swept
@@ -12,6 +12,7 @@ from gigavim.progress import Progress, Silent
 from gigavim.results import Embedding
 from gigavim.store.build import Content, build_store
 from gigavim.store.checksums import write_checksums
+from gigavim.store.crew import Crew
 
 
 def embed(
@@ -56,7 +57,6 @@ def embed(
         job = prepare(slide, settings, scratch=scratch_parent(settings), watch=watch)
         content = Content(
             embeddings=True,
-            thumbnail=True,
             dtype=settings.embedding.dtype,
             probabilities=settings.embedding.probabilities,
         )
@@ -65,10 +65,12 @@ def embed(
             swept(job, settings, scratch, watch, progress) as run,
         ):
             store = build_store(folder, job, run, settings, content, watch=watch, progress=progress)
-        write_checksums(folder)
-        if not parts:
-            summary = summary_of(store)
-        else:
-            with progress.stage("write", len(targets.formats) - 1, "files") as advance:
-                summary = write_results(store, parts, settings.output, advance=advance)
+        with Crew() as crew:
+            crew.do(sync_tree, folder)  # the disk works while checksums and files are made
+            crew.do(write_checksums, folder)
+            if not parts:
+                summary = summary_of(store)
+            else:
+                with progress.stage("write", len(targets.formats) - 1, "files") as advance:
+                    summary = write_results(store, parts, settings.output, advance=advance)
     return Embedding(path, targets.paths, summary)

@@ -30,11 +30,13 @@ from gigavim.progress import Progress
 from gigavim.slides import open_slide
 from gigavim.slides.base import Slide
 from gigavim.tokens.grid import TokenGrid, TokenSelection, make_grid, select_tokens
+from gigavim.tokens.picture import PICTURE_BYTES, StreamedPicture, streamed_picture
 from gigavim.tokens.stream import stream_blocks
 from gigavim.tokens.tissue import TissueMask, kept_cells, tissue_mask
 from gigavim_kernels.backends import Precision, resolve_precision
 
 MOST_READERS = 8
+PICTURE_PX = 2048
 NORM_TOKENS = 4096
 MOST_WRITING_BYTES = 350_000_000
 
@@ -64,6 +66,8 @@ class Swept:
     """What the head's taps left of each token, (L, side_width)."""
     unreadable: npt.NDArray[np.bool_]
     """(rows, cols) which tokens lie on pixels that could not be read."""
+    picture: npt.NDArray[np.uint8] | None
+    """(h, w, 3) the slide's bounds, if it was asked for."""
 
 
 class Stopwatch:
@@ -127,9 +131,18 @@ def prepare(slide: Slide, settings: Settings, *, scratch: Path | None, watch: St
 
 @contextmanager
 def swept(
-    job: Job, settings: Settings, scratch: Path, watch: Stopwatch, progress: Progress
+    job: Job,
+    settings: Settings,
+    scratch: Path,
+    watch: Stopwatch,
+    progress: Progress,
+    *,
+    picture_px: int = PICTURE_PX,
 ) -> Iterator[Swept]:
-    """Embed the slide's patches and run the encoder over them; the sequence is freed at the end."""
+    """Embed the slide's patches and run the encoder over them; the sequence is freed at the end.
+
+    A picture of the slide with `picture_px` on its longer side at most is made by the way; 0: none.
+    """
     model = job.choice.model
     encoder = model.encoder
 
@@ -146,8 +159,13 @@ def swept(
         sequence = stack.enter_context(kept(encoder.config.d_model))
         taps = Taps(model.head, sequence, kept) if model.head.taps else None
         side = stack.enter_context(taps.side) if taps is not None else None
+        streamed = streamed_picture(job.slide, job.grid, picture_px) if picture_px else None
         with watch.stage("read"):
-            unreadable = _embed(job, settings, sequence, progress)
+            unreadable = _embed(job, settings, sequence, progress, streamed)
+        picture = None
+        if picture_px:
+            with watch.stage("picture"):
+                picture = streamed.finish() if streamed else job.slide.thumbnail(picture_px)
         depth = len(encoder.block_weights())
         with watch.stage("encode"), progress.stage("encode", len(sequence), "tokens") as advance:
             sweep(
@@ -161,7 +179,7 @@ def swept(
                 on_block=taps,
             )
             _normalise(sequence, encoder)
-        yield Swept(sequence, side, unreadable)
+        yield Swept(sequence, side, unreadable, picture)
 
 
 def scratch_parent(settings: Settings) -> Path:
@@ -197,7 +215,11 @@ def _tokens(slide: Slide, grid: TokenGrid, tissue: TissueMask, min_tissue: float
 
 
 def _embed(
-    job: Job, settings: Settings, sequence: TokenSequence, progress: Progress
+    job: Job,
+    settings: Settings,
+    sequence: TokenSequence,
+    progress: Progress,
+    picture: StreamedPicture | None,
 ) -> npt.NDArray[np.bool_]:
     card, encoder, grid = job.choice.card, job.choice.model.encoder, job.grid
     projection = PatchProjection(
@@ -213,7 +235,7 @@ def _embed(
     megapixels = len(job.selection) * grid.stride_px**2 / 1e6
     with progress.stage("read", megapixels, "Mpx") as advance:
         return embed_slide(
-            blocks,
+            blocks if picture is None else picture.watch(blocks),
             sequence,
             encoder,
             projection,
@@ -241,8 +263,10 @@ def _limit(text: str) -> int | None:
 
 def _other_bytes(grid: TokenGrid, readers: int, block_px: int) -> int:
     """RAM beside the encoder's: the larger of reading and writing, and the maps of cells."""
-    # Blocks in flight, each with its source and its resampled pixels.
+    # Blocks in flight, each with its source and its resampled pixels, and the picture of them.
+    pixels = grid.frame.width_px * grid.frame.height_px
     reading = (2 * readers + 2) * block_px**2 * 3 * 2
+    reading += min(pixels, PICTURE_PX**2) * PICTURE_BYTES
     # Polygons open across tile rows: measured 0.3 GB for 4e8 map pixels full of nuclei.
-    writing = min(grid.frame.width_px * grid.frame.height_px, MOST_WRITING_BYTES)
+    writing = min(pixels, MOST_WRITING_BYTES)
     return max(reading, writing) + grid.rows * grid.cols * (8 + 4 + 2)

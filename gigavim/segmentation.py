@@ -58,7 +58,6 @@ def segment(
             with swept(job, settings, scratch, watch, progress) as run:
                 content = Content(
                     embeddings=needs_embeddings(targets.formats),
-                    thumbnail=True,
                     dtype=settings.embedding.dtype,
                 )
                 store = build_store(

@@ -146,7 +146,7 @@ class OutputSet:
     def _commit(self) -> None:
         for final, temporary in self._temporary.items():
             with explained(final):
-                _sync_tree(temporary)
+                sync_tree(temporary)
         done: list[tuple[Path, Path | None]] = []
         try:
             for final, temporary in self._temporary.items():
@@ -205,7 +205,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_tree(path: Path) -> None:
+def sync_tree(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk."""
     for item in path.rglob("*") if path.is_dir() else ():
         _sync(item)

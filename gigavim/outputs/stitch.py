@@ -7,7 +7,7 @@ directions. Without these pairs what is left of the pieces' rings chains into th
 import numpy as np
 import numpy.typing as npt
 
-from gigavim.outputs.trace import compiled
+from gigavim.compiled import compiled
 
 Numbers = npt.NDArray[np.int64]
 

@@ -7,13 +7,12 @@ two pixels that are outside there belong to different pieces; no ring meets itse
 meet in a point do so as the simple features standard allows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from gigavim.compiled import compiled
 
 Numbers = npt.NDArray[np.int32]
 
@@ -55,14 +54,6 @@ def outlines(values: npt.NDArray[np.uint8]) -> Outlines:
         ring_starts,
         np.concatenate(([0], np.cumsum(per_part))),
     )
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile without the GIL, and keep the code on disk where numba finds a place for it."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
 
 
 @compiled

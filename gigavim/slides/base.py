@@ -235,14 +235,18 @@ class Slide(ABC):
 
         Unreadable tiles are background; each is logged.
         """
+        height, width, scale_xy = self.thumbnail_shape(max_px)
+        return self.read_salvage(
+            self.bounds.x_level0, self.bounds.y_level0, width, height, scale_xy=scale_xy
+        )[0]
+
+    def thumbnail_shape(self, max_px: int) -> tuple[int, int, tuple[float, float]]:
+        """Height and width of a thumbnail, and the level-0 pixels (x, y) that its pixels cover."""
         bounds = self.bounds
         scale = max(bounds.width_level0 / max_px, bounds.height_level0 / max_px, 1.0)
         width = max(round(bounds.width_level0 / scale), 1)
         height = max(round(bounds.height_level0 / scale), 1)
-        scale_xy = (bounds.width_level0 / width, bounds.height_level0 / height)
-        return self.read_salvage(
-            bounds.x_level0, bounds.y_level0, width, height, scale_xy=scale_xy
-        )[0]
+        return height, width, (bounds.width_level0 / width, bounds.height_level0 / height)
 
     def to_dask(self, level: int = 0, *, chunk_px: int = 2048) -> "dask.array.Array":
         """Return a level as a lazy (height, width, 3) uint8 array."""

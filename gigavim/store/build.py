@@ -1,27 +1,31 @@
 """A store out of a swept sequence: labels, embeddings and masks, each streamed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import zarr
 from torch import Tensor
 
 from gigavim.config import Settings
-from gigavim.engine.decode import Gather, decode_strips, mean_probabilities
+from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probabilities
+from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
 from gigavim.outputs.atomic import explained
 from gigavim.outputs.labels import Coverage, LabelStore
-from gigavim.outputs.overlay import MAX_PX
 from gigavim.pipeline import Job, Stopwatch, Swept
 from gigavim.progress import Progress
 from gigavim.provenance import provenance
 from gigavim.store import layout
+from gigavim.store.crew import Crew
+from gigavim.store.pooled import write_pooled
 from gigavim.store.reader import EmbeddingStore
-from gigavim.store.tokens import TokenWriter, write_index, write_pooled
+from gigavim.store.tokens import TokenWriter, write_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,6 @@ class Content:
     """What a store shall hold beside the label map."""
 
     embeddings: bool
-    thumbnail: bool
     dtype: layout.EmbeddingType = "float16"
     probabilities: bool = False
 
@@ -57,16 +60,21 @@ def build_store(
         with watch.stage("decode"):
             _write_labels(folder / "map", job, run, progress)
         with watch.stage("store"):
-            _write_pictures(root, job, with_thumbnail=content.thumbnail)
+            _write_pictures(root, job.tissue.mask, run.picture)
             if content.embeddings:
                 pools = _write_embeddings(root, job, run, content, progress)
         layout.write_info(root, _info(job, settings, run, content, pools, watch))
     return EmbeddingStore.open(folder)
 
 
+def decoded(job: Job, run: Swept) -> Iterator[LabelStrip]:
+    """The label map of the swept sequence, in strips from top to bottom."""
+    head = job.choice.model.head.to(run.sequence.device)
+    return decode_strips(_features(job, run), head, job.grid, job.selection)
+
+
 def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> None:
-    grid, model, frame = job.grid, job.choice.model, job.grid.frame
-    count = len(job.selection)
+    grid, frame = job.grid, job.grid.frame
     labels = LabelStore.create(
         folder,
         height=frame.height_px,
@@ -75,10 +83,11 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> Non
         cells_hw=(grid.rows, grid.cols),
         lasting=True,
     )
-
-    gather, head = _features(job, run), model.head.to(run.sequence.device)
-    with torch.inference_mode(), progress.stage("decode", count, "tokens") as advance:
-        for strip in decode_strips(gather, head, grid, job.selection):
+    with (
+        torch.inference_mode(),
+        progress.stage("decode", len(job.selection), "tokens") as advance,
+    ):
+        for strip in decoded(job, run):
             labels.write_rows(strip.y, strip.labels)
             advance(strip.tokens)
     labels.flush()
@@ -100,14 +109,14 @@ def _features(job: Job, run: Swept) -> Gather:
     return gather
 
 
-def _write_pictures(root: zarr.Group, job: Job, *, with_thumbnail: bool) -> None:
-    mask = job.tissue.mask.astype(np.uint8)
+def _write_pictures(
+    root: zarr.Group, tissue: npt.NDArray[np.bool_], picture: npt.NDArray[np.uint8] | None
+) -> None:
+    mask = tissue.astype(np.uint8)
     layout.create_plain(root, "tissue", mask.shape, "uint8", ("y", "x"))[...] = mask
-    if with_thumbnail:
-        picture = job.slide.thumbnail(MAX_PX)
-        layout.create_plain(root, "thumbnail", picture.shape, "uint8", ("y", "x", "rgb"))[...] = (
-            picture
-        )
+    if picture is not None:
+        names = ("y", "x", "rgb")
+        layout.create_plain(root, "thumbnail", picture.shape, "uint8", names)[...] = picture
 
 
 def _write_embeddings(
@@ -119,13 +128,18 @@ def _write_embeddings(
     def probabilities(first: int, last: int) -> Tensor:
         return mean_probabilities(gather, head, job.selection, first, last)
 
-    writer = TokenWriter(
-        root, run.sequence, model, grid, job.selection, dtype=content.dtype,
-        probabilities=probabilities if content.probabilities else None,
-    )  # fmt: skip
     pools = layout.pool_factors(grid.rows, grid.cols)
     write_index(root, job.selection.index)
-    with torch.inference_mode(), progress.stage("store", len(job.selection), "tokens") as advance:
+    with (
+        torch.inference_mode(),
+        one_thread(),
+        progress.stage("store", len(job.selection), "tokens") as advance,
+        Crew() as crew,
+    ):
+        writer = TokenWriter(
+            root, run.sequence, model, grid, job.selection, dtype=content.dtype,
+            probabilities=probabilities if content.probabilities else None, crew=crew,
+        )  # fmt: skip
         share = 0.5 if pools else 1.0
         writer.write(lambda tokens: advance(tokens * share))
         if pools:

@@ -29,6 +29,7 @@ from typing import Any, Literal, Self
 import zarr
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from zarr.codecs import BloscCodec, BloscShuffle
+from zarr.core.array_spec import ArrayConfigParams
 
 from gigavim.errors import StoreError
 from gigavim.frames import Bounds, ClassSpec, GeoReference, MapFrame
@@ -42,12 +43,17 @@ SUFFIX = ".embeddings.zarr"
 CHUNK_BYTES = 1 << 20
 """About what one request to object storage should bring."""
 CHUNKS_PER_SHARD = 32
-POOL_CHUNK, POOL_SHARD = 32, 128
-"""Sides in cells of a pooled level's chunks and shards."""
+POSITIONS_PER_CHUNK = 1 << 16
+"""Of the narrow token arrays, at most."""
+POOL_SHARD = 128
+"""Side in cells of a pooled level's shards."""
 COARSEST_CELLS = 32
 """Pooling stops where no side of the grid has more cells."""
 
 EmbeddingType = Literal["float16", "float32"]
+
+WHOLE: ArrayConfigParams = {"write_empty_chunks": True}
+"""How arrays are written: to look for empty chunks takes as long as to compress full ones."""
 
 
 class _Record(BaseModel):
@@ -172,6 +178,13 @@ class TokenArrays:
         """Tokens per shard, a multiple of `chunk`; the writer fills one at a time."""
         return self.chunk * min(CHUNKS_PER_SHARD, max(1, -(-self.tokens // self.chunk)))
 
+    @property
+    def narrow_chunk(self) -> int:
+        """Tokens per chunk of the arrays of a few numbers per token; divides `shard`."""
+        chunks = self.shard // self.chunk
+        most = max(1, POSITIONS_PER_CHUNK // self.chunk)
+        return self.chunk * max(k for k in range(1, chunks + 1) if chunks % k == 0 and k <= most)
+
 
 def pool_factors(rows: int, cols: int) -> tuple[int, ...]:
     """Sides in cells of the windows that embeddings are pooled over: 2, 4, 8, ..."""
@@ -182,8 +195,10 @@ def pool_factors(rows: int, cols: int) -> tuple[int, ...]:
     return tuple(factors)
 
 
-def create_tokens(root: zarr.Group, arrays: TokenArrays, *, classes: int | None) -> None:
-    """Make the token arrays; `classes` columns of probabilities where wanted."""
+def create_tokens(
+    root: zarr.Group, arrays: TokenArrays, *, classes: int | None
+) -> dict[str, "zarr.Array[Any]"]:
+    """Make the token arrays, by name; `classes` columns of probabilities where wanted."""
     group = root.create_group("tokens")
     columns: list[tuple[str, int, str, str]] = [
         ("embeddings", arrays.width, arrays.dtype, "feature"),
@@ -192,37 +207,42 @@ def create_tokens(root: zarr.Group, arrays: TokenArrays, *, classes: int | None)
     ]
     if classes is not None:
         columns.append(("probabilities", classes, "float16", "class"))
-    for name, width, dtype, dimension in columns:
-        group.create_array(
+    return {
+        name: group.create_array(
             name,
             shape=(arrays.tokens, width),
-            chunks=(arrays.chunk, width),
+            chunks=(arrays.chunk if name == "embeddings" else arrays.narrow_chunk, width),
             shards=(arrays.shard, width),
             dtype=dtype,
             fill_value=0,
             compressors=codec(),
             dimension_names=("token", dimension),
+            config=WHOLE,
         )
+        for name, width, dtype, dimension in columns
+    }
 
 
 def create_pooled(
     root: zarr.Group, pool: int, *, rows: int, cols: int, width: int, dtype: EmbeddingType
-) -> zarr.Group:
-    """Make the arrays of one pooled level."""
+) -> tuple["zarr.Array[Any]", "zarr.Array[Any]"]:
+    """Make the arrays of one pooled level: embeddings and count."""
     height, across = -(-rows // pool), -(-cols // pool)
     group = root.create_group(f"pooled/{pool}")
-    common: dict[str, Any] = {"compressors": codec()}
-    group.create_array(
-        "embeddings", shape=(height, across, width), chunks=(POOL_CHUNK, POOL_CHUNK, width),
+    row_bytes = width * (2 if dtype == "float16" else 4)
+    side = POOL_SHARD
+    while side > 8 and side**2 * row_bytes > CHUNK_BYTES:
+        side //= 2
+    embeddings = group.create_array(
+        "embeddings", shape=(height, across, width), chunks=(side, side, width),
         shards=(POOL_SHARD, POOL_SHARD, width), dtype=dtype, fill_value=math.nan,
-        dimension_names=("y", "x", "feature"), **common,
+        dimension_names=("y", "x", "feature"), compressors=codec(), config=WHOLE,
     )  # fmt: skip
-    group.create_array(
-        "count", shape=(height, across), chunks=(POOL_CHUNK, POOL_CHUNK),
-        shards=(POOL_SHARD, POOL_SHARD), dtype="uint32", fill_value=0,
-        dimension_names=("y", "x"), **common,
+    count = group.create_array(
+        "count", shape=(height, across), chunks=(POOL_SHARD, POOL_SHARD), dtype="uint32",
+        fill_value=0, dimension_names=("y", "x"), compressors=codec(),
     )  # fmt: skip
-    return group
+    return embeddings, count
 
 
 def create_plain(

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gigavim.errors import SettingsError
-from gigavim.store import layout
 
 if TYPE_CHECKING:
     import anndata
@@ -64,8 +63,8 @@ def feature_chunks(store: "EmbeddingStore", pool: int = 1) -> Iterator[npt.NDArr
             yield np.asarray(array[start : start + step]).astype(np.float32)
         return
     level, counts = store.pooled(pool), store.pooled_counts(pool)
-    for row in range(0, len(counts), layout.POOL_CHUNK):
-        band = slice(row, row + layout.POOL_CHUNK)
+    for row in range(0, len(counts), level.chunks[0]):
+        band = slice(row, row + level.chunks[0])
         yield np.asarray(level[band])[counts[band] > 0].astype(np.float32)
 
 

@@ -1,0 +1,125 @@
+"""Embeddings pooled over windows of 2 x 2, 4 x 4, ... cells, each level made of the one before.
+
+A shard of a level is made of four of the finer level, as soon as these are made and before they are
+forgotten: nothing is read back, and a shard of each level is in memory at a time.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+from torch import Tensor
+
+from gigavim.store import layout
+from gigavim.store.tokens import Advance, TokenWriter, put
+
+SIDE = layout.POOL_SHARD
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """A shard of a level."""
+
+    means: Tensor
+    """(h, w, D) as stored; 0 where no token lies."""
+    count: Tensor
+    """(h, w) int64"""
+
+
+def write_pooled(writer: TokenWriter, pools: tuple[int, ...], advance: Advance) -> None:
+    """Write the pooled levels `pools`: 2, 4, 8, ..., of which the last is one shard."""
+    grid = writer.grid
+    levels = [
+        layout.create_pooled(
+            writer.root, pool, rows=grid.rows, cols=grid.cols, width=writer.arrays.width,
+            dtype=writer.dtype,
+        )
+        for pool in pools
+    ]  # fmt: skip
+    _write_shard(writer, levels, len(levels) - 1, 0, 0, advance)
+
+
+def _write_shard(
+    writer: TokenWriter,
+    levels: list[tuple["zarr.Array[Any]", "zarr.Array[Any]"]],
+    level: int,
+    row: int,
+    col: int,
+    advance: Advance,
+) -> _Cells:
+    """Write shard (row, col) of a level, after all that it is made of: the shard, halved."""
+    embeddings, counts = levels[level]
+    height, width = (
+        min(SIDE, side - place * SIDE) for side, place in zip(counts.shape, (row, col))
+    )
+    if level == 0:
+        cells = _pooled_tokens(writer, row * SIDE, col * SIDE, height, width)
+        advance(int(cells.count.sum()))
+    else:
+        kind = torch.float16 if writer.dtype == "float16" else torch.float32
+        cells = _Cells(
+            torch.zeros(height, width, writer.arrays.width, dtype=kind),
+            torch.zeros(height, width, dtype=torch.int64),
+        )
+        half = SIDE // 2
+        for y in range(2 if height > half else 1):
+            for x in range(2 if width > half else 1):
+                part = _write_shard(writer, levels, level - 1, 2 * row + y, 2 * col + x, advance)
+                place = slice(y * half, (y + 1) * half), slice(x * half, (x + 1) * half)
+                cells.means[place], cells.count[place] = part.means, part.count
+    halved = _halved(cells)
+    if cells.count.any():
+        window = (
+            slice(row * SIDE, row * SIDE + height),
+            slice(col * SIDE, col * SIDE + width),
+        )
+        writer.crew.do(_put_cells, embeddings, counts, window, cells)
+    return halved
+
+
+def _put_cells(
+    embeddings: "zarr.Array[Any]",
+    counts: "zarr.Array[Any]",
+    window: tuple[slice, slice],
+    cells: _Cells,
+) -> None:
+    means: npt.NDArray[Any] = cells.means.numpy()
+    empty = (cells.count == 0).numpy()
+    if empty.any():
+        means[empty] = np.nan
+    put(embeddings, window, means)
+    put(counts, window, cells.count.numpy().astype(np.uint32))
+
+
+def _pooled_tokens(writer: TokenWriter, row: int, col: int, height: int, width: int) -> _Cells:
+    """Means over 2 x 2 cells of tokens from (row, col) of the first level on."""
+    cells = np.full((2 * height, 2 * width), -1, np.int64)
+    index = writer.selection.index[2 * row : 2 * (row + height), 2 * col : 2 * (col + width)]
+    cells[: index.shape[0], : index.shape[1]] = index
+    grouped = cells.reshape(height, 2, width, 2).transpose(0, 2, 1, 3).reshape(-1, 4)
+    count = (grouped >= 0).sum(1)
+    places = torch.from_numpy(grouped[grouped >= 0])
+    starts = torch.from_numpy(np.cumsum(count) - count)
+    means = writer.means(places, starts).cpu()
+    means = means.half() if writer.dtype == "float16" else means
+    return _Cells(means.view(height, width, -1), torch.from_numpy(count).view(height, width))
+
+
+def _halved(cells: _Cells) -> _Cells:
+    """Means over 2 x 2 cells, weighted by their counts; odd sides are filled up with nothing."""
+    count = cells.count[..., None]
+    sums, total = _quarter(cells.means.to(torch.float32, copy=True).mul_(count)), _quarter(count)
+    means = sums.div_(total.clamp(min=1))
+    return _Cells(means.to(cells.means.dtype), total[..., 0])
+
+
+def _quarter(values: Tensor) -> Tensor:
+    """Sums over 2 x 2 of (h, w, D), odd sides padded with zeros."""
+    height, width = values.shape[:2]
+    if height % 2 or width % 2:
+        values = torch.nn.functional.pad(values, (0, 0, 0, width % 2, 0, height % 2))
+    upper, lower = values[0::2], values[1::2]
+    return (upper[:, 0::2] + upper[:, 1::2]).add_(lower[:, 0::2]).add_(lower[:, 1::2])
