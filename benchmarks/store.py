@@ -22,6 +22,7 @@ from benchmarks.reading import repeat_tiles, source_slide
 from gigavim.config import Settings
 from gigavim.pipeline import Stopwatch, open_input, prepare, swept
 from gigavim.progress import Silent
+from gigavim.results import Embedding
 from gigavim.store.build import decoded
 
 RUNS = 3
@@ -41,7 +42,7 @@ def bare(slide: Path, settings: Settings, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def stored(slide: Path, settings: Settings, folder: Path) -> tuple[float, gigavim.Embedding]:
+def stored(slide: Path, settings: Settings, folder: Path) -> tuple[float, Embedding]:
     """Seconds of a run that makes a store, and what it made."""
     started = time.perf_counter()
     result = gigavim.embed(slide, settings=settings)
