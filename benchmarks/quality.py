@@ -34,6 +34,7 @@ from torch import Generator, Tensor, nn
 from benchmarks import image_level
 from gigavim.model.config import HeadKind, VimConfig
 from gigavim.model.heads import LinearHead, stitch
+from gigavim.model.pictures import mirrored_to
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
@@ -182,7 +183,7 @@ class Peer:
     def labels(self, images: Tensor) -> Tensor:
         """See `score.Labeller`."""
         height, width = images.shape[2:]
-        padded = score.whole(images, 32)
+        padded = mirrored_to(images, (-(-height // 32) * 32, -(-width // 32) * 32))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             logits = self.model(self.canvases.normalise(padded))
         return logits[..., :height, :width].max(1).indices.to(torch.uint8)

@@ -38,6 +38,8 @@ class ModelSettings(_Section):
     weights: str = ""
     mpp: float = Field(0.0, ge=0, le=1e7, allow_inf_nan=False)
     allow_mpp_mismatch: bool = False
+    context: Literal["slide", "window"] = "slide"
+    window_px: int = Field(224, ge=8, le=1 << 16)
 
 
 class TokenSettings(_Section):

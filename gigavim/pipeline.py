@@ -6,10 +6,11 @@ is the business of `gigavim.store.build`, and of the writers after it.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,25 @@ from gigavim.engine.plan import Plan, plan_sweep
 from gigavim.engine.sequence import TokenSequence
 from gigavim.engine.sweep import sweep
 from gigavim.engine.taps import Taps
+from gigavim.engine.window_plan import plan_windows
+from gigavim.engine.windowed import Kept, WindowModel, kept_windows, segment_windows
 from gigavim.errors import OutputError, SlideError
+from gigavim.model.pictures import Look
 from gigavim.model.vim import Vim
+from gigavim.outputs.labels import LabelStore
 from gigavim.progress import Progress
 from gigavim.slides import open_slide
 from gigavim.slides.base import Slide
-from gigavim.tokens.grid import TokenGrid, TokenSelection, make_grid, select_tokens
+from gigavim.tokens.grid import (
+    TokenGrid,
+    TokenSelection,
+    cells_on_map,
+    make_grid,
+    make_window_grid,
+    select_tokens,
+)
 from gigavim.tokens.picture import PICTURE_BYTES, StreamedPicture, streamed_picture
-from gigavim.tokens.stream import stream_blocks
+from gigavim.tokens.stream import PatchBlock, stream_blocks
 from gigavim.tokens.tissue import TissueMask, kept_cells, tissue_mask
 from gigavim_kernels.backends import Precision, resolve_precision
 
@@ -68,6 +80,10 @@ class Swept:
     """(rows, cols) which tokens lie on pixels that could not be read."""
     picture: npt.NDArray[np.uint8] | None
     """(h, w, 3) the slide's bounds, if it was asked for."""
+    labels: LabelStore | None = None
+    """The map, where windows were segmented by themselves; else it is still to be decoded."""
+    shares: TokenSequence | None = None
+    """Class probabilities (patches, classes), likewise, if they were asked for."""
 
 
 class Stopwatch:
@@ -94,39 +110,81 @@ def open_input(path: Path, settings: Settings) -> Slide:
     return open_slide(path, mpp=settings.input.slide_mpp or None, channels=picked)
 
 
-def prepare(slide: Slide, settings: Settings, *, scratch: Path | None, watch: Stopwatch) -> Job:
-    """Choose the model, the tokens and the plan; errors as of `gigavim.segment`."""
+def prepare(
+    slide: Slide,
+    settings: Settings,
+    *,
+    scratch: Path | None,
+    watch: Stopwatch,
+    keeps_tokens: bool = True,
+) -> Job:
+    """Choose the model, the tokens and the plan; errors as of `gigavim.segment`.
+
+    Without `keeps_tokens` windows that are sequences of their own leave labels and nothing else.
+    """
     compute = settings.compute
     device = resolve_device(compute.device)
     precision = resolve_precision(compute.precision, device)
     choice = choose_model(slide, settings.model, device)
     config, threads = choice.model.encoder.config, compute.threads or usable_cores()
-    grid = make_grid(
-        slide,
-        mpp=choice.mpp,
-        patch_px=config.patch_px,
-        stride_px=config.stride_px,
-        order=choice.card.scan_order,
-    )
+    grid = _grid(slide, choice, settings)
     with watch.stage("tissue"):
         mode = settings.tokens.tissue
         tissue = tissue_mask(slide, mode=mode if mode in ("auto", "none") else Path(mode))
-        selection = _tokens(slide, grid, tissue, settings.tokens.min_tissue)
+        kept = kept_cells(grid, tissue, min_tissue=settings.tokens.min_tissue)
+        if settings.model.context == "window":
+            rows, cols = cells_on_map(grid)
+            kept[rows:], kept[:, cols:] = False, False
+        selection = _tokens(slide, grid, kept)
     readers = settings.tokens.num_workers or min(usable_cores(), MOST_READERS)
     with watch.stage("plan"):
-        plan = plan_sweep(
-            len(selection) + config.class_tokens,
-            choice.model.encoder.block_weights(),
-            device=device,
-            precision=precision,
-            max_memory_bytes=_limit(compute.max_memory),
-            max_gpu_memory_bytes=_limit(compute.max_gpu_memory),
-            scratch_dir=scratch,
-            threads=threads,
-            other_bytes=_other_bytes(grid, readers, settings.tokens.block_px),
-            side_width=choice.model.head.side_width,
-        )
+        other_bytes = _other_bytes(grid, readers, settings.tokens.block_px)
+        limits: dict[str, Any] = {
+            "device": device,
+            "precision": precision,
+            "max_memory_bytes": _limit(compute.max_memory),
+            "max_gpu_memory_bytes": _limit(compute.max_gpu_memory),
+            "scratch_dir": scratch,
+            "threads": threads,
+            "other_bytes": other_bytes,
+        }
+        length = len(selection) + config.class_tokens
+        if settings.model.context == "window":
+            side = settings.model.window_px
+            shares = choice.model.head.classes * settings.embedding.probabilities
+            plan = plan_windows(
+                kept_windows(grid, selection),
+                _look(choice).grid_hw(config, (side, side)),
+                choice.model,
+                kept_tokens=length,
+                kept_width=(config.d_model + shares) * keeps_tokens,
+                **limits,
+            )
+        else:
+            plan = plan_sweep(
+                length,
+                choice.model.encoder.block_weights(),
+                side_width=choice.model.head.side_width,
+                **limits,
+            )
     return Job(slide, choice, grid, tissue, selection, device, precision, threads, readers, plan)
+
+
+def _grid(slide: Slide, choice: Choice, settings: Settings) -> TokenGrid:
+    config = choice.model.encoder.config
+    sizes: dict[str, Any] = {
+        "mpp": choice.mpp,
+        "patch_px": config.patch_px,
+        "stride_px": config.stride_px,
+    }
+    if settings.model.context == "window":
+        return make_window_grid(slide, window_px=settings.model.window_px, **sizes)
+    return make_grid(slide, order=choice.card.scan_order, **sizes)
+
+
+def _look(choice: Choice) -> Look:
+    card = choice.card
+    return Look(card.scan_order, card.mean, card.std, every_cell=True)
 
 
 @contextmanager
@@ -143,6 +201,10 @@ def swept(
 
     A picture of the slide with `picture_px` on its longer side at most is made by the way; 0: none.
     """
+    if job.plan.windows:
+        with _windowed(job, settings, scratch, watch, progress, picture_px) as run:
+            yield run
+        return
     model = job.choice.model
     encoder = model.encoder
 
@@ -182,6 +244,69 @@ def swept(
         yield Swept(sequence, side, unreadable, picture)
 
 
+@contextmanager
+def _windowed(
+    job: Job,
+    settings: Settings,
+    scratch: Path,
+    watch: Stopwatch,
+    progress: Progress,
+    picture_px: int,
+) -> Iterator[Swept]:
+    """What `swept` does where each window is a sequence of its own: labels are made as well."""
+    choice, grid, frame = job.choice, job.grid, job.grid.frame
+    config, count = choice.model.encoder.config, len(job.selection)
+    keeps = job.plan.width > 0
+
+    def kept(length: int, width: int) -> TokenSequence:
+        return TokenSequence(
+            length if keeps else 0,
+            width,
+            location=job.plan.location,
+            device=job.device,
+            scratch_dir=scratch,
+        )
+
+    labels = LabelStore.create(
+        scratch / "labels",
+        height=frame.height_px,
+        width=frame.width_px,
+        cell_px=grid.stride_px,
+        cells_hw=(grid.rows, grid.cols),
+    )
+    with ExitStack() as stack:
+        sequence = stack.enter_context(kept(count + config.class_tokens, config.d_model))
+        shares = None
+        if keeps and settings.embedding.probabilities:
+            shares = stack.enter_context(kept(count, choice.model.head.classes))
+        streamed = streamed_picture(job.slide, grid, picture_px) if picture_px else None
+        blocks: Iterable[PatchBlock] = _blocks(job, settings)
+        with watch.stage("encode"), progress.stage("encode", count, "tokens") as advance:
+            unreadable = segment_windows(
+                blocks if streamed is None else streamed.watch(blocks),
+                WindowModel(
+                    choice.model,
+                    _look(choice),
+                    device=job.device,
+                    precision=job.precision,
+                    threads=job.threads,
+                ),
+                grid,
+                job.selection,
+                labels.write,
+                batch=max(1, job.plan.chunk * job.plan.windows // job.plan.tokens),
+                kept=Kept(sequence, shares) if keeps else None,
+                source=job.slide.path,
+                max_unreadable=settings.output.max_unreadable,
+                progress=advance,
+            )
+        picture = None
+        if picture_px:
+            with watch.stage("picture"):
+                picture = streamed.finish() if streamed else job.slide.thumbnail(picture_px)
+        yield Swept(sequence, None, unreadable, picture, labels, shares)
+
+
 def scratch_parent(settings: Settings) -> Path:
     """Where working files go."""
     chosen = settings.compute.scratch_dir
@@ -204,8 +329,7 @@ def scratch_folder(settings: Settings) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _tokens(slide: Slide, grid: TokenGrid, tissue: TissueMask, min_tissue: float) -> TokenSelection:
-    kept = kept_cells(grid, tissue, min_tissue=min_tissue)
+def _tokens(slide: Slide, grid: TokenGrid, kept: npt.NDArray[np.bool_]) -> TokenSelection:
     if not kept.any():
         raise SlideError(
             f"{slide.path}: no tissue found, so there is nothing to segment. If the slide is not"
@@ -225,13 +349,7 @@ def _embed(
     projection = PatchProjection(
         encoder, card.mean, card.std, device=job.device, precision=job.precision
     )
-    blocks = stream_blocks(
-        job.slide,
-        grid,
-        job.selection.index >= 0,
-        block_px=settings.tokens.block_px,
-        workers=job.readers,
-    )
+    blocks = _blocks(job, settings)
     megapixels = len(job.selection) * grid.stride_px**2 / 1e6
     with progress.stage("read", megapixels, "Mpx") as advance:
         return embed_slide(
@@ -245,6 +363,16 @@ def _embed(
             max_unreadable=settings.output.max_unreadable,
             progress=lambda pixels: advance(pixels / 1e6),
         )
+
+
+def _blocks(job: Job, settings: Settings) -> Iterator[PatchBlock]:
+    return stream_blocks(
+        job.slide,
+        job.grid,
+        job.selection.index >= 0,
+        block_px=settings.tokens.block_px,
+        workers=job.readers,
+    )
 
 
 def _normalise(sequence: TokenSequence, encoder: Vim) -> None:

@@ -33,6 +33,7 @@ def provenance(slide: Slide, choice: Choice, plan: Plan, settings: Settings) -> 
             "other_weights": settings.model.weights or None,
             "mpp": choice.mpp,
             "order": choice.card.order,
+            "context": _context(settings),
         },
         "input": {
             "reader": slide.reader,
@@ -49,6 +50,13 @@ def provenance(slide: Slide, choice: Choice, plan: Plan, settings: Settings) -> 
             mode="json", exclude={"output": set(OutputSettings.model_fields) - {"max_unreadable"}}
         ),
     }
+
+
+def _context(settings: Settings) -> str:
+    """What a pixel's class depended on, for people."""
+    if settings.model.context == "slide":
+        return "slide"
+    return f"windows of {settings.model.window_px} px"
 
 
 def _weights_sha256(choice: Choice, settings: Settings) -> str:

@@ -30,7 +30,8 @@ class Result:
         """The model, and at what resolution it saw the slide, for people."""
         model = self.summary["provenance"]["model"]
         seen = "" if model["mpp"] is None else f" at {length_text(model['mpp'])} per pixel"
-        return f"{model['name']}{seen}"
+        context = model.get("context", "slide")
+        return f"{model['name']}{seen}{'' if context == 'slide' else f', {context} alone'}"
 
     def areas(self) -> list[str]:
         """One line per class for people: name, share of the map, area."""

@@ -53,7 +53,13 @@ def segment(
     )
     with slide, OutputSet(overwrite=settings.output.overwrite) as outputs:
         parts = targets.reserve(outputs)
-        job = prepare(slide, settings, scratch=scratch_parent(settings), watch=watch)
+        job = prepare(
+            slide,
+            settings,
+            scratch=scratch_parent(settings),
+            watch=watch,
+            keeps_tokens=needs_embeddings(targets.formats),
+        )
         with scratch_folder(settings) as scratch:
             with swept(job, settings, scratch, watch, progress) as run:
                 content = Content(
@@ -72,4 +78,7 @@ def plan_segmentation(path: str | Path, settings: Settings | None = None) -> Pla
     """Say what segmenting a slide would take, without doing it; errors as in `segment`."""
     settings = settings or Settings()
     with open_input(Path(path), settings) as slide:
-        return prepare(slide, settings, scratch=None, watch=Stopwatch()).plan
+        keeps_tokens = needs_embeddings(settings.output.formats)
+        return prepare(
+            slide, settings, scratch=None, watch=Stopwatch(), keeps_tokens=keeps_tokens
+        ).plan

@@ -62,6 +62,18 @@ _SLIDE_FLAGS = (
         help="Run the model at a resolution, or on a kind of image, it was not trained for.",
     ),
     options.channels_option,
+    click.option(
+        "--context",
+        type=click.Choice(["slide", "window"]),
+        help="See the slide as one sequence, or only windows of it, each by itself as in tools "
+        "that work tile by tile  [default: slide].",
+    ),
+    click.option(
+        "--window-px",
+        type=click.IntRange(8, 1 << 16),
+        metavar="PX",
+        help="Side of these windows at the model's resolution  [default: 224].",
+    ),
     click.option("--tissue", metavar="auto|none|FILE", help="What to look at  [default: auto]."),
     click.option(
         "--min-tissue",
@@ -176,6 +188,8 @@ def settings_from(
             "weights": flags["weights"],
             "mpp": mpp,
             "allow_mpp_mismatch": flags["allow_mpp_mismatch"],
+            "context": flags["context"],
+            "window_px": flags["window_px"],
         },
         tokens={key: flags[key] for key in ("tissue", "min_tissue", "num_workers")},
         compute={

@@ -89,9 +89,9 @@ def embed_slide(
             kept = index >= 0
             _embed_block(block, index, kept, sequence, encoder, projection, grid, count)
             if block.unreadable is not None:
-                touched = _touched(block.unreadable, grid, block.rows, block.cols)
+                touched = touched_cells(block.unreadable, grid, block.rows, block.cols)
                 block.rect.of(unreadable)[:] = touched & kept
-                _check(source, int(unreadable.sum()), count, max_unreadable)
+                check_unreadable(source, int(unreadable.sum()), count, max_unreadable)
             progress(int(kept.sum()) * grid.stride_px**2)
     return unreadable
 
@@ -120,7 +120,7 @@ def _embed_block(
         sequence.scatter(slots[batch], tokens)
 
 
-def _touched(
+def touched_cells(
     pixels: npt.NDArray[np.bool_], grid: TokenGrid, rows: int, cols: int
 ) -> npt.NDArray[np.bool_]:
     """(rows, cols): whose patch holds a marked pixel."""
@@ -129,7 +129,8 @@ def _touched(
     return np.asarray(stepped.any((2, 3)))
 
 
-def _check(source: Path, unreadable: int, count: int, limit: float) -> None:
+def check_unreadable(source: Path, unreadable: int, count: int, limit: float) -> None:
+    """Raise `CorruptSlideError` where more than a share `limit` of `count` tokens is unreadable."""
     if unreadable > limit * count:
         raise CorruptSlideError(
             f"{source}: more than {limit:.1%} of the tissue cannot be decoded ({unreadable:,} of"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gigavim.model.vim import Vim
+from gigavim.model.vim import OnStream, Vim
 from gigavim.tokens.order import ScanOrder
 from gigavim_kernels.backends import Precision, prepare_block, resolve_precision
 
@@ -17,25 +17,37 @@ class ImageEncoder:
         encoder: stays where it is; its weights are copied to the device.
         device: where images are encoded.
         precision: of matrix products, "auto", "fp32" or "bf16"; stream and scan are float32.
+        threads: CPU threads; all if absent.
     """
 
     def __init__(
-        self, encoder: Vim, *, device: torch.device | str = "cpu", precision: str = "auto"
+        self,
+        encoder: Vim,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "auto",
+        threads: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.precision: Precision = resolve_precision(precision, self.device)
         self._encoder = encoder
         self._kernels = [
-            prepare_block(block, device=self.device, precision=self.precision)
+            prepare_block(block, device=self.device, precision=self.precision, threads=threads)
             for block in encoder.block_weights()
         ]
 
     @torch.no_grad()
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Do what `Vim.encode` does with sequences (B, L, D): returns (B, L, D) float32."""
+    def encode(self, tokens: Tensor, *, on_stream: OnStream | None = None) -> Tensor:
+        """Do what `Vim.encode` does with sequences (B, L, D): returns (B, L, D) float32.
+
+        The stream that `on_stream` is told of changes after the call.
+        """
         stream = tokens.to(self.device, torch.float32, copy=True).contiguous()
-        for kernel in self._kernels:
+        notify: OnStream = on_stream or (lambda done, stream: None)
+        notify(0, stream)
+        for done, kernel in enumerate(self._kernels, 1):
             kernel.apply(stream)
+            notify(done, stream)
         norm = self._encoder.norm_f
         return torch.nn.functional.rms_norm(
             stream, stream.shape[-1:], norm.weight.to(self.device), norm.eps

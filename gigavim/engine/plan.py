@@ -56,15 +56,22 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     """Of the sweep alone; None if not estimated."""
+    windows: int = 0
+    """Sequences, where each window is one of its own; 0: all tokens are one."""
+    kept_bytes: int | None = None
+    """Of the tokens that are kept; all of the stream if absent."""
 
     def describe(self) -> list[str]:
         """Plain English, a line per matter."""
         homes = {"device": f"in the memory of {self.device}", "ram": "in RAM", "disk": "on disk"}
-        stream = format_bytes(self.tokens * self.width * 4)
+        stream = self.tokens * self.width * 4 if self.kept_bytes is None else self.kept_bytes
+        windows = f" of {self.windows:,} windows" if self.windows else ""
         lines = [
-            f"{self.tokens:,} tokens through {self.blocks} blocks, {self.chunk:,} at a time, "
-            f"on {self.device} in {self.precision}",
-            f"token stream: {stream}, {homes[self.location]}",
+            f"{self.tokens:,} tokens{windows} through {self.blocks} blocks, {self.chunk:,} at a "
+            f"time, on {self.device} in {self.precision}",
+            f"token stream: {format_bytes(stream)}, {homes[self.location]}"
+            if stream
+            else "token stream: none",
             f"RAM: at most {format_bytes(self.ram_bytes)}",
         ]
         if self.device_bytes:
@@ -114,33 +121,33 @@ def plan_sweep(
     width = blocks[0].branches[0].in_proj.shape[1]
     stream = length * (width + side_width) * 4
     ram_budget = memory.memory_budget(max_memory_bytes)
-    process = PROCESS_BYTES + _weight_bytes(blocks)
+    process = PROCESS_BYTES + weight_bytes(blocks)
     ram = max(process, memory.resident_bytes()) + other_bytes
     on_disk = min(
         stream, MAPPED_BYTES * (2 if side_width else 1)
     )  # RAM taken by the stream at least
 
     if device.type == "cpu":
-        device_budget = work = 0
+        budget = work = 0
         chunk, ram = _fit_chunk(
             length, blocks, chunk or kernel.chunk, device, ram_budget, ram + on_disk
         )
         ram -= on_disk
     else:
-        device_budget = _device_budget(device, max_gpu_memory_bytes)
+        budget = device_budget(device, max_gpu_memory_bytes)
         if chunk is None and backend_name(device) == "triton":
-            chunk = _longest_chunk(length, blocks, kernel, device, device_budget - stream)
-        chunk, work = _fit_chunk(length, blocks, chunk or kernel.chunk, device, device_budget, 0)
+            chunk = _longest_chunk(length, blocks, kernel, device, budget - stream)
+        chunk, work = _fit_chunk(length, blocks, chunk or kernel.chunk, device, budget, 0)
     location: Location
-    if device.type != "cpu" and work + stream <= device_budget:
+    if device.type != "cpu" and work + stream <= budget:
         location, work = "device", work + stream
     elif ram + stream <= ram_budget:
         location, ram = "ram", ram + stream
     else:
-        _check_disk(length, stream, ram + stream, scratch_dir)
+        check_disk(length, stream, ram + stream, scratch_dir)
         location, ram = "disk", ram + on_disk
     if ram > ram_budget:
-        raise _too_little(length, ram, "RAM", ram_budget, "memory")
+        raise too_little(length, ram, "RAM", ram_budget, "memory")
     seconds = None
     if estimate:
         seconds = estimate_seconds(length, len(blocks), kernel, width, device=device, chunk=chunk)
@@ -175,10 +182,10 @@ def estimate_seconds(
     rows = torch.randn(tokens, width, device=device)
     halo = torch.zeros(kernel.halo, width, device=device)
     forward, reverse = kernel.zero_states(reverse=False), kernel.zero_states(reverse=True)
-    update = _best_seconds(lambda: kernel.update(rows, halo, halo, forward, reverse), device)
+    update = best_seconds(lambda: kernel.update(rows, halo, halo, forward, reverse), device)
     seconds = update * length / tokens
     if reverse and length > chunk:
-        edge = _best_seconds(lambda: kernel.edge_states(rows, halo, halo, reverse), device)
+        edge = best_seconds(lambda: kernel.edge_states(rows, halo, halo, reverse), device)
         seconds += edge * (length - chunk) / tokens
     return seconds * depth
 
@@ -225,7 +232,7 @@ def _fit_chunk(
         options.append((used, chunk))
         chunk //= 2
     where, option = ("RAM", "memory") if device.type == "cpu" else (str(device), "gpu-memory")
-    raise _too_little(length, min(options)[0], where, budget, option)
+    raise too_little(length, min(options)[0], where, budget, option)
 
 
 def _longest_chunk(
@@ -249,7 +256,8 @@ def _longest_chunk(
     return kernel.chunk
 
 
-def _too_little(length: int, needed: int, where: str, budget: int, option: str) -> ResourceError:
+def too_little(length: int, needed: int, where: str, budget: int, option: str) -> ResourceError:
+    """The error where a budget is too small, with the ways out; `option` ends a flag's name."""
     return ResourceError(
         f"{length:,} tokens need at least {format_bytes(needed)} of {where} even with the token "
         f"stream elsewhere, and {format_bytes(budget)} is allowed: raise --max-{option}, use a "
@@ -257,7 +265,7 @@ def _too_little(length: int, needed: int, where: str, budget: int, option: str) 
     )
 
 
-def _weight_bytes(blocks: Sequence[BlockWeights]) -> int:
+def weight_bytes(blocks: Sequence[BlockWeights]) -> int:
     """The projections, which are nearly all of it."""
     return sum(
         4 * weight.numel()
@@ -267,7 +275,8 @@ def _weight_bytes(blocks: Sequence[BlockWeights]) -> int:
     )
 
 
-def _device_budget(device: torch.device, given: int | None) -> int:
+def device_budget(device: torch.device, given: int | None) -> int:
+    """Bytes of a device that may be used: those given, if they are free, else 80 % of the free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:  # such as Apple's, whose GPU shares the RAM
@@ -275,7 +284,8 @@ def _device_budget(device: torch.device, given: int | None) -> int:
     return int(memory.DEFAULT_SHARE * free) if given is None else min(given, free)
 
 
-def _check_disk(length: int, stream: int, ram_needed: int, scratch_dir: Path | None) -> None:
+def check_disk(length: int, stream: int, ram_needed: int, scratch_dir: Path | None) -> None:
+    """Raise `ResourceError` where a scratch file of `stream` bytes cannot be."""
     folder = scratch_dir if scratch_dir is not None else Path(gettempdir())
     free = memory.free_disk(folder)
     if memory.is_memory_backed(folder):
@@ -298,7 +308,8 @@ def _transfer_seconds(size: int, location: Location, device: torch.device) -> fl
     return size / LINK_BYTES_PER_S if location != "device" and device.type == "cuda" else 0.0
 
 
-def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The least wall time of three calls, after one to warm up."""
     times = []
     for _ in range(4):
         started = time.perf_counter()

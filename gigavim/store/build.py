@@ -17,7 +17,7 @@ from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
 from gigavim.outputs.atomic import explained
-from gigavim.outputs.labels import Coverage, LabelStore
+from gigavim.outputs.labels import CHUNK_HW, Coverage, LabelStore
 from gigavim.pipeline import Job, Stopwatch, Swept
 from gigavim.progress import Progress
 from gigavim.provenance import provenance
@@ -69,8 +69,21 @@ def build_store(
 
 def decoded(job: Job, run: Swept) -> Iterator[LabelStrip]:
     """The label map of the swept sequence, in strips from top to bottom."""
+    if run.labels is not None:
+        yield from _made(run.labels, job)
+        return
     head = job.choice.model.head.to(run.sequence.device)
-    return decode_strips(_features(job, run), head, job.grid, job.selection)
+    yield from decode_strips(_features(job, run), head, job.grid, job.selection)
+
+
+def _made(labels: LabelStore, job: Job) -> Iterator[LabelStrip]:
+    """The strips of a map that is there already."""
+    stride, index = job.grid.stride_px, job.selection.index
+    step = max(1, CHUNK_HW[0] // stride)
+    for row in range(0, -(-labels.height // stride), step):
+        y = row * stride
+        strip = labels.read(y, min(y + step * stride, labels.height), 0, labels.width)
+        yield LabelStrip(y, strip, int((index[row : row + step] >= 0).sum()))
 
 
 def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> None:
@@ -126,6 +139,8 @@ def _write_embeddings(
     gather, head = _features(job, run), model.head
 
     def probabilities(first: int, last: int) -> Tensor:
+        if run.shares is not None:
+            return run.shares.rows(first, last)
         return mean_probabilities(gather, head, job.selection, first, last)
 
     pools = layout.pool_factors(grid.rows, grid.cols)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gigavim.errors import MissingMppError, ResourceError, SettingsError
 from gigavim.frames import MapFrame
-from gigavim.tokens.order import Cells, ScanOrder, scan_cells
+from gigavim.tokens.order import LARGEST_BLOCK, Cells, ScanOrder, scan_cells
 
 if TYPE_CHECKING:
     from gigavim.slides.base import Slide
@@ -96,13 +96,47 @@ def make_grid(
     block = order.block or 1
     rows = _cells_to_cover(frame.height_px, patch_px, stride_px, block)
     cols = _cells_to_cover(frame.width_px, patch_px, stride_px, block)
-    if rows * cols > LARGEST_GRID_CELLS:
+    return _checked(slide, TokenGrid(frame, patch_px, stride_px, rows, cols, order))
+
+
+def make_window_grid(
+    slide: "Slide", *, mpp: float | None, patch_px: int, stride_px: int, window_px: int
+) -> TokenGrid:
+    """Lay a grid over a slide whose blocks are windows of `window_px` a side; otherwise as above.
+
+    Windows share no pixel: each cell is of one window, whose last patches may reach over it.
+    """
+    side = window_px // stride_px
+    if window_px % stride_px or window_px < patch_px or side > LARGEST_BLOCK:
+        near = min(LARGEST_BLOCK, max(1, round(window_px / stride_px), -(-patch_px // stride_px)))
+        raise SettingsError(
+            f"windows of {window_px} px do not fit patches of {patch_px} px every {stride_px} px: "
+            f"use a multiple of {stride_px} up to {LARGEST_BLOCK * stride_px:,}, such as "
+            f"{near * stride_px}"
+        )
+    frame = _map_frame(slide, mpp)
+    rows, cols = (-(-s // window_px) * side for s in (frame.height_px, frame.width_px))
+    order = ScanOrder("blocks", side)
+    return _checked(slide, TokenGrid(frame, patch_px, stride_px, rows, cols, order))
+
+
+def cells_on_map(grid: TokenGrid) -> tuple[int, int]:
+    """Rows and columns of the cells that begin on the map; the others only fill blocks."""
+    return (
+        -(-grid.frame.height_px // grid.stride_px),
+        -(-grid.frame.width_px // grid.stride_px),
+    )
+
+
+def _checked(slide: "Slide", grid: TokenGrid) -> TokenGrid:
+    cells, frame = grid.rows * grid.cols, grid.frame
+    if cells > LARGEST_GRID_CELLS:
         raise ResourceError(
             f"{slide.path}: {frame.width_px:,} x {frame.height_px:,} px at {frame.mpp_x:.4g} µm "
-            f"per pixel make {rows * cols:,} patches, beyond the largest grid of "
+            f"per pixel make {cells:,} patches, beyond the largest grid of "
             f"{LARGEST_GRID_CELLS:,}: check the resolution the file states and the model's"
         )
-    return TokenGrid(frame, patch_px, stride_px, rows, cols, order)
+    return grid
 
 
 def select_tokens(grid: TokenGrid, kept: npt.NDArray[np.bool_]) -> TokenSelection:

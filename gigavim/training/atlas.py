@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigavim.model.pictures import mirrored
 from gigavim.training.pack import Picture
 
 LEVELS = 4
@@ -102,12 +103,6 @@ class Atlas:
             share[:, 1],
         )
         return torch.lerp(upper, lower, share[:, 0]).permute(0, 3, 1, 2)
-
-
-def mirrored(place: Tensor, size: Tensor | int) -> Tensor:
-    """Bring places along a side into 0..size-1: beyond its ends it is mirrored."""
-    folded = place.remainder(2 * size)
-    return torch.minimum(folded, 2 * size - 1 - folded)
 
 
 def _halved(plane: Tensor) -> Tensor:

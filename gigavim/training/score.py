@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigavim.model.segmentation import SegmentationModel, SideSum
+from gigavim.model.pictures import Look, side_slices
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.windows import windows
 from gigavim.tokens.order import ScanOrder
-from gigavim.training.atlas import mirrored
 from gigavim.training.encode import encode
 from gigavim.training.pack import Picture
 from gigavim.training.recipe import IGNORED
@@ -84,44 +85,17 @@ class Predictor:
 
     def _in_windows(self, images: Tensor, side: int) -> Tensor:
         height, width = images.shape[2:]
-        rows = [
-            torch.cat(
-                [
-                    self.logits(images[:, :, y : y + side, x : x + side])
-                    for x in range(0, width, side)
-                ],
-                3,
-            )
-            for y in range(0, height, side)
-        ]
-        return torch.cat(rows, 2)
+        found = images.new_empty(len(images), self.model.head.classes, height, width)
+        for window in side_slices((height, width), side):
+            found[:, :, *window] = self.logits(images[:, :, *window])
+        return found
 
     def _features(self, images: Tensor) -> Tensor:
         """Mirror images to whole blocks, encode them: (n, rows, cols, features) float32."""
-        config = self.model.encoder.config
-        block = (self.order.block or 1) * config.stride_px
-        extra = config.patch_px - config.stride_px
-        mean, std = (
-            torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std)
-        )
-        normalised = (whole(images, block, extra) - mean) / std
+        look = Look(self.order, self.mean, self.std, every_cell=self.window_px is not None)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
-            tokens = self.model.encoder.tokens(normalised, order=self.order)
-            taps = SideSum(self.model)
-            encoded = encode(self.model.encoder, tokens, on_stream=taps)
-            rows, cols = ((s - extra) // config.stride_px for s in normalised.shape[2:])
-            grid = self.model.feature_grid(encoded, taps.total, (rows, cols), self.order)
-        return grid.float()
-
-
-def whole(images: Tensor, multiple: int, extra: int = 0) -> Tensor:
-    """Extend images (n, c, h, w) to sides of `extra` plus a multiple, mirrored at the border."""
-    for dim in (2, 3):
-        size = images.shape[dim]
-        sides = torch.arange(size + -(size - extra) % multiple, device=images.device)
-        if len(sides) > size:
-            images = images.index_select(dim, mirrored(sides, size))
-    return images
+            found = look.features(self.model, images, partial(encode, self.model.encoder))
+        return found.grid.float()
 
 
 def show(picture: Picture, mpp: float, device: torch.device) -> Shown:
