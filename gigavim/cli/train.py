@@ -31,6 +31,10 @@ from gigavim.cli import options
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's.")
 @click.option("--max-minutes", type=click.FloatRange(min=0, min_open=True),
               help="Set the number of steps so that training takes this long.")  # fmt: skip
+@click.option("--max-gpu-memory", callback=options.size, metavar="SIZE",
+              help="Memory of the device that training may use, such as 40GB: batches, layers and "
+              "sequences are split to keep it, or it is said what would fit. [default: what is "
+              "there, nothing is split]")  # fmt: skip
 @click.option("--seed", type=int, help="Instead of the recipe's.")
 @click.option("--workers", type=click.IntRange(min=1),
               help="Batches per step, on a CPU thread each.")  # fmt: skip
@@ -43,6 +47,7 @@ def command(
     device: str,
     steps: int | None,
     max_minutes: float | None,
+    max_gpu_memory: str | None,
     seed: int | None,
     workers: int | None,
 ) -> None:
@@ -56,6 +61,7 @@ def command(
       gigavim train histo-nuclei --data /data/histo
       gigavim train my.toml --data /data --pack my.npz
       gigavim train my.toml --data my.npz --max-minutes 10 -o runs/my
+      gigavim train my.toml --data my.npz --max-gpu-memory 12GB
       torchrun --nproc-per-node 4 -m gigavim train my.toml --data my.npz
     """
     from gigavim.training.recipe import load_recipe
@@ -69,12 +75,25 @@ def command(
         count = write_pack(pack, read_pictures(data, found), found)
         click.echo(f"{pack}: {count} pictures, {pack.stat().st_size / 1e6:.1f} MB", err=True)
         return
+    import torch
+
+    from gigavim.engine.memory import parse_bytes
+    from gigavim.errors import ResourceError
     from gigavim.training.run import Run, fast_products, load_data, pick_device
 
+    given = max_gpu_memory not in (None, "auto")
+    limit = parse_bytes(str(max_gpu_memory)) if given else None
     where = pick_device(device)
     folder = output or Path("gigavim_train") / found.model.name
     with fast_products(where, workers=found.schedule.workers):
-        result = Run(found, load_data(data, found), folder, where).train()
+        pictures = load_data(data, found)
+        try:
+            result = Run(found, pictures, folder, where, max_memory_bytes=limit).train()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"the memory of {where} does not suffice ({str(error).splitlines()[0]}): lower "
+                "schedule.largest_blocks, or pack fewer pictures at a coarser data.pack_mpp"
+            ) from error
     if result.metrics:
         from gigavim.training.score import monitored
 

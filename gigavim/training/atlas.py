@@ -50,6 +50,12 @@ class Atlas:
         self.levels = tuple(levels)
         self.labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures]).to(device)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory."""
+        own = sum(level.rgb.nbytes + level.size_hw.nbytes for level in self.levels)
+        return own + self.labels.nbytes
+
     def sample(
         self, index: Tensor, size_hw: tuple[int, int], centre_yx: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor]:

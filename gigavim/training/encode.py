@@ -5,7 +5,7 @@ single exponential per channel and token then serves all sixteen states.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple, cast
@@ -16,7 +16,10 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gigavim.model.block import Block
+from gigavim.model.heads import stitch
+from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import OnStream, Vim
+from gigavim.model.windows import windows
 from gigavim_kernels.backends import backend_name
 
 log = logging.getLogger(__name__)
@@ -25,9 +28,9 @@ log = logging.getLogger(__name__)
 class LayerKernel(NamedTuple):
     """What adds a layer to the stream, with gradients."""
 
-    add: Callable[[Block, Tensor, Tensor | None, bool], Tensor]
-    """(layer, stream (B, L, D), keep (B,) or None, tied) to the stream with the layer's branch,
-    times keep, added."""
+    add: Callable[[Block, Tensor, Tensor | None, bool, int | None], Tensor]
+    """(layer, stream (B, L, D), keep (B,) or None, tied, chunk) to the stream with the layer's
+    branch, times keep, added."""
     recomputes: bool = False
     """Whether it keeps nothing for the gradients but the stream."""
     ties: bool = False
@@ -44,6 +47,9 @@ def encode(
     recompute: bool = False,
     tied: bool = False,
     on_stream: OnStream | None = None,
+    stops: Collection[int] = (),
+    group: int = 1,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return what `encoder.encode` returns for sequences (B, L, D), with gradients.
 
@@ -56,39 +62,100 @@ def encode(
         tied: keep the decay rates of a channel's states in the ratio 1 : 2 : ... : N, which CPUs
             scan much faster; on a CPU they are always kept so.
         on_stream: as of `encoder.encode`; what layers are left out is not skipped in its count.
+        stops: the counts that `on_stream` must be told of where layers are grouped.
+        group: keep only the stream before every so many layers, or fewer at stops, and compute the
+            rest twice more in the backward pass; `on_stream` is told at the ends of groups.
+        chunk: tokens of a layer at once, on GPUs; by size if absent.
     """
     config = encoder.config
     kernel = layer_kernel(tokens.device, config.d_state, config.d_model)
 
     def added(layer: Block, stream: Tensor, keep: Tensor | None) -> Tensor:
         if recompute and torch.is_grad_enabled() and not kernel.recomputes:
-            again = checkpoint(kernel.add, layer, stream, keep, tied, use_reentrant=False)
+            again = checkpoint(kernel.add, layer, stream, keep, tied, chunk, use_reentrant=False)
             return cast(Tensor, again)
-        return kernel.add(layer, stream, keep, tied)
+        return kernel.add(layer, stream, keep, tied, chunk)
 
     paired = config.bidirectional == "layer_pairs"
     layers = cast(list[Block], list(encoder.layers))
     blocks = len(layers) // (1 + paired)
     firsts = range(0, blocks * (1 + paired), (1 + paired) * every)
     steps = [layers[i : i + 1 + paired] for i in firsts]
+    keeps = (
+        [None] * len(steps)
+        if drop_path <= 0 or not torch.is_grad_enabled()
+        else [
+            _kept(tokens, drop_path * place / max(1, len(steps) - 1), generator)
+            for place in range(len(steps))
+        ]
+    )
+
+    def run(stream: Tensor, places: range) -> Tensor:
+        for place in places:
+            step, keep = steps[place], keeps[place]
+            if paired:  # both see one stream, the second from its end, and their sums are added
+                flipped = added(step[1], stream.flip(1), keep).flip(1)
+                stream = added(step[0], stream, keep) + flipped
+            else:
+                stream = added(step[0], stream, keep)
+        return stream
+
+    tell: OnStream = on_stream or (lambda done, stream: None)
     stream = tokens
-    if on_stream is not None:
-        on_stream(0, stream)
-    for place, step in enumerate(steps):
-        rate = drop_path * place / max(1, len(steps) - 1)
-        keep = None
-        if rate > 0 and torch.is_grad_enabled():
-            draw = torch.rand(len(tokens), generator=generator, device=tokens.device)
-            keep = (draw >= rate) / (1 - rate)
-        if paired:  # both see one stream, the second from its end, and their sums are added
-            flipped = added(step[1], stream.flip(1), keep).flip(1)
-            stream = added(step[0], stream, keep) + flipped
+    tell(0, stream)
+    for places in _groups(len(steps), group, every, stops):
+        if len(places) > 1 and torch.is_grad_enabled():
+            again = checkpoint(run, stream, places, use_reentrant=False, preserve_rng_state=False)
+            stream = cast(Tensor, again)
         else:
-            stream = added(step[0], stream, keep)
-        if on_stream is not None:
-            for done in range(place * every, min((place + 1) * every, blocks)):
-                on_stream(done + 1, stream)
+            stream = run(stream, places)
+        for done in range(places[-1] * every, min(places.stop * every, blocks)):
+            tell(done + 1, stream)
     return cast(Tensor, encoder.norm_f(stream))
+
+
+def decode(model: SegmentationModel, grid: Tensor, strip_rows: int | None = None) -> Tensor:
+    """Do as `model.logits` does; with `strip_rows` a strip at a time, computed again backwards.
+
+    Args:
+        grid: (B, rows, cols, feature_width).
+    """
+    if strip_rows is None or not torch.is_grad_enabled():
+        return model.logits(grid)
+    head, (rows, cols) = model.head, grid.shape[1:3]
+
+    def strip(part: Tensor, inner: tuple[slice, slice]) -> Tensor:
+        return head.decode(part)[:, *inner]
+
+    strips = []
+    for top in range(0, rows, strip_rows):
+        whole = (top, min(top + strip_rows, rows))
+        for window in windows(whole, (rows, cols), halo=head.halo, cols_at_once=cols):
+            part = grid[:, *window.seen]
+            again = checkpoint(
+                strip, part, window.inner, use_reentrant=False, preserve_rng_state=False
+            )
+            strips.append(cast(Tensor, again))
+    logits = torch.cat(strips, 1)
+    return stitch(logits.flatten(1, 2), (rows, cols), model.encoder.config.stride_px)
+
+
+def _kept(tokens: Tensor, rate: float, generator: Generator | None) -> Tensor | None:
+    """Which sequences a layer is used for, as factors (B,); None for all."""
+    if rate <= 0:
+        return None
+    draw = torch.rand(len(tokens), generator=generator, device=tokens.device)
+    return (draw >= rate) / (1 - rate)
+
+
+def _groups(steps: int, group: int, every: int, stops: Collection[int]) -> Iterator[range]:
+    """Cut so many steps of `every` layers into groups that end where `stops` says, too."""
+    start = 0
+    for end in range(1, steps + 1):
+        told = range((end - 1) * every + 1, end * every + 1)
+        if end - start == group or end == steps or any(stop in told for stop in stops):
+            yield range(start, end)
+            start = end
 
 
 @cache
@@ -129,12 +196,16 @@ def silence_odd_layers(encoder: Vim) -> None:
         cast(Block, layer).mixer.out_proj.weight.zero_()
 
 
-def _add_plainly(layer: Block, stream: Tensor, keep: Tensor | None, _tied: bool) -> Tensor:
+def _add_plainly(
+    layer: Block, stream: Tensor, keep: Tensor | None, _tied: bool, _chunk: int | None
+) -> Tensor:
     branch = cast(Tensor, layer(stream))
     return stream + (branch if keep is None else branch * keep[:, None, None])
 
 
-def _add_on_gpu(layer: Block, stream: Tensor, keep: Tensor | None, tied: bool) -> Tensor:
+def _add_on_gpu(
+    layer: Block, stream: Tensor, keep: Tensor | None, tied: bool, chunk: int | None
+) -> Tensor:
     from gigavim_kernels.cuda.branch import vim_branch
     from gigavim_kernels.cuda.directions import stack
 
@@ -154,10 +225,13 @@ def _add_on_gpu(layer: Block, stream: Tensor, keep: Tensor | None, tied: bool) -
         stack(directions),
         keep=keep,
         half=torch.is_autocast_enabled(stream.device.type),
+        chunk=chunk,
     )
 
 
-def _add_on_cpu(layer: Block, stream: Tensor, keep: Tensor | None, _tied: bool) -> Tensor:
+def _add_on_cpu(
+    layer: Block, stream: Tensor, keep: Tensor | None, _tied: bool, _chunk: int | None
+) -> Tensor:
     from gigavim_kernels.cpu.training import scan as kernels
 
     mixer = layer.mixer

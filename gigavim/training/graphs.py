@@ -47,13 +47,18 @@ class Gradients:
             self._generator = Generator(device)
             self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: Batch, every: int, generator: Generator) -> Found:
-        """Return the loss and the gradients; the generator's seed decides what is random."""
+    def __call__(
+        self, batch: Batch, every: int, generator: Generator, *, record: bool = True
+    ) -> Found:
+        """Return the loss and the gradients; the generator's seed decides what is random.
+
+        Without `record` a batch is not recorded: the memory of a recorded one is not shared.
+        """
         key = (tuple(batch[0].shape), every)
         if not self._records:
             return self._plain(batch, every, generator)
         self._generator.manual_seed(generator.initial_seed() + 1)
-        if key in self._seen and key not in self._recorded:
+        if record and key in self._seen and key not in self._recorded:
             self._record(key, batch)
         self._seen.add(key)
         recorded = self._recorded.get(key)

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from gigavim.errors import ModelError, SettingsError
+from gigavim.errors import ModelError, ResourceError, SettingsError
 from gigavim.model.segmentation import SegmentationModel, SideSum
 from gigavim.training.canvas import Canvases
-from gigavim.training.encode import encode
+from gigavim.training.encode import decode, encode
 from gigavim.training.graphs import Batch, Gradients, Objective
 from gigavim.training.looks import constant
 from gigavim.training.losses import segmentation_loss
+from gigavim.training.memory import Budget
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
 from gigavim.training.schedule import Pace, Schedule, canvas_shape
@@ -126,12 +127,14 @@ def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
     return progress
 
 
-def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
-    """How a Vim of a recipe is seen in training."""
+def vim_forward(model: SegmentationModel, recipe: Recipe, budget: Budget | None = None) -> Forward:
+    """How a Vim of a recipe is seen in training, within a budget of memory."""
     config, schedule, order = model.encoder.config, recipe.schedule, recipe.model.scan_order
+    planned = budget or Budget(model, recipe, model.encoder.norm_f.weight.device)
 
     def forward(images: Tensor, every: int, generator: Generator | None) -> Tensor:
         rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in images.shape[2:])
+        split = planned.split(rows * cols, len(images))
         tokens = model.encoder.tokens(images, order=order)
         taps = SideSum(model)
         encoded = encode(
@@ -140,11 +143,15 @@ def vim_forward(model: SegmentationModel, recipe: Recipe) -> Forward:
             every=every,
             drop_path=schedule.drop_path,
             generator=generator,
-            recompute=len(images) * rows * cols > schedule.recompute_tokens,
+            recompute=split.recompute,
             tied=recipe.model.tied_rates,
             on_stream=taps,
+            stops=model.head.taps,
+            group=split.group,
+            chunk=split.chunk,
         )
-        return model.logits(model.feature_grid(encoded, taps.total, (rows, cols), order)).float()
+        grid = model.feature_grid(encoded, taps.total, (rows, cols), order)
+        return decode(model, grid, split.strip_rows).float()
 
     return forward
 
@@ -176,6 +183,7 @@ def train(
     *,
     on_step: Callable[[Progress, float, int], bool] | None = None,
     ranks: Ranks | None = None,
+    budget: Budget | None = None,
 ) -> None:
     """Train a model in place until the planned steps are done or `on_step` says to stop.
 
@@ -184,9 +192,11 @@ def train(
     Args:
         on_step: called after each step with the loss and the tokens seen; True stops.
         ranks: the processes that train together.
+        budget: the memory that is kept.
 
     Raises:
         ModelError: gradients or the loss are not finite; names the layer.
+        ResourceError: the device's memory does not suffice.
     """
     recipe, schedule = canvases.recipe, canvases.recipe.schedule
     ranks = ranks or Ranks(canvases.atlas.device)
@@ -202,7 +212,7 @@ def train(
     def work(worker: int) -> Worked:
         worker += 64 * ranks.rank
         drawn = ahead.pop(worker, None) or _draw(canvases, progress, progress.step, worker)
-        worked = _work(gradients, canvases, progress, drawn)
+        worked = _work(gradients, canvases, progress, drawn, budget)
         if canvases.atlas.device.type == "cuda":  # queued before the step is waited for
             ahead[worker] = _draw(canvases, progress, progress.step + 1, worker)
         return worked
@@ -254,12 +264,62 @@ def _draw(canvases: Canvases, progress: Progress, step: int, worker: int) -> Dra
     return Drawn(batch, blocks, generator)
 
 
-def _work(gradients: Gradients, canvases: Canvases, progress: Progress, drawn: Drawn) -> Worked:
+def _work(
+    gradients: Gradients,
+    canvases: Canvases,
+    progress: Progress,
+    drawn: Drawn,
+    budget: Budget | None,
+) -> Worked:
     recipe, pixels = canvases.recipe, drawn.batch[1].numel()
     every = Schedule(recipe.schedule, progress.steps).every(progress.step)
-    loss, grads = gradients(drawn.batch, every, drawn.generator)
     tokens = pixels // recipe.model.encoder.stride_px**2
+    while True:
+        try:
+            loss, grads = _in_parts(gradients, drawn, every, budget)
+            break
+        except torch.OutOfMemoryError as error:
+            if budget is None or budget.limit is None:
+                raise ResourceError(
+                    f"step {progress.step}: the memory of {canvases.atlas.device} does not suffice "
+                    f"for a batch of {tokens:,} tokens: lower schedule.batch_blocks and "
+                    "largest_blocks; gigavim train splits batches with --max-gpu-memory"
+                ) from error
+        torch.cuda.empty_cache()
+        budget.tighten()
     return Worked(loss, drawn.blocks, pixels, tokens, grads)
+
+
+def _in_parts(
+    gradients: Gradients, drawn: Drawn, every: int, budget: Budget | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and gradients of a batch, the means over its parts by their canvases."""
+    images, labels = drawn.batch
+    side = images.shape[1:]
+    if budget is None:
+        return gradients(drawn.batch, every, drawn.generator)
+    stride = budget.recipe.model.encoder.stride_px
+    tokens = (side[1] // stride) * (side[2] // stride)
+    parts = budget.split(tokens, len(images)).parts
+    loss = images.new_zeros(())
+    total: tuple[Tensor, ...] = ()
+    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    for part, batch in enumerate(pieces):
+        count = len(batch[0])
+        generator = drawn.generator
+        if part:  # else all parts would leave out the same at random
+            seed = drawn.generator.initial_seed() + (part << 40)
+            generator = Generator(images.device).manual_seed(seed)
+        own, grads = gradients(batch, every, generator, record=budget.records(tokens, count))
+        if parts == 1:
+            return own, grads
+        share = count / len(images)
+        loss = loss + own * share
+        if total:
+            torch._foreach_add_(total, grads, alpha=share)
+        else:
+            total = tuple(torch._foreach_mul(grads, share))
+    return loss, total
 
 
 def _apply(

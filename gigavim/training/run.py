@@ -23,6 +23,7 @@ from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import layer_kernel, silence_odd_layers
+from gigavim.training.memory import Budget
 from gigavim.training.pack import Picture, read_pack, read_pictures, split
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
@@ -100,7 +101,13 @@ class Run:
     """One training of a recipe in an output folder."""
 
     def __init__(
-        self, recipe: Recipe, pictures: Sequence[Picture], folder: Path, device: torch.device
+        self,
+        recipe: Recipe,
+        pictures: Sequence[Picture],
+        folder: Path,
+        device: torch.device,
+        *,
+        max_memory_bytes: int | None = None,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
         self.ranks = ranks = Ranks(device)
@@ -109,6 +116,8 @@ class Run:
         self.canvases = Canvases(Atlas(train, device), recipe)
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
         self.model = new_model(recipe).to(device)
+        atlas = self.canvases.atlas
+        self.budget = Budget.of(self.model, recipe, atlas, max_memory_bytes)
         self.shadow = copy.deepcopy(self.model)
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
@@ -134,9 +143,10 @@ class Run:
             self.model,
             self.canvases,
             self.progress,
-            loop.segmentation(loop.vim_forward(self.model, self.recipe), self.recipe),
+            loop.segmentation(loop.vim_forward(self.model, self.recipe, self.budget), self.recipe),
             on_step=self._on_step,
             ranks=self.ranks,
+            budget=self.budget,
         )
         self.ranks.leave()
         if self.ranks.rank:
@@ -183,7 +193,14 @@ class Run:
     def predictor(self, *, half: bool) -> score.Predictor:
         """The averaged model as validation sees it."""
         recipe = self.recipe.model
-        return score.Predictor(self.shadow, recipe.scan_order, recipe.mean, recipe.std, half=half)
+        return score.Predictor(
+            self.shadow,
+            recipe.scan_order,
+            recipe.mean,
+            recipe.std,
+            half=half,
+            chunk=self.budget.validation_chunk,
+        )
 
     def _validate(self) -> None:
         progress = self.progress
@@ -246,7 +263,13 @@ class Run:
         small = max(max(side) for side in sides) <= 512
         if small:
             for per_side in MOSAIC_SIDES if cuda else MOSAIC_SIDES[:1]:
-                metrics |= score.by_length(whole, self.shown, name, index, per_side=per_side)
+                try:
+                    metrics |= score.by_length(whole, self.shown, name, index, per_side=per_side)
+                except torch.OutOfMemoryError:  # the model is worth more than the figure
+                    log.warning(
+                        "mosaics of %d x %d pictures do not fit: left out", per_side, per_side
+                    )
+                    break
         else:
             metrics |= score.by_windows(whole, self.shown, self.recipe.class_names)
         return metrics

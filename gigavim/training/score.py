@@ -52,6 +52,8 @@ class Predictor:
     std: Sequence[float]
     half: bool = False
     """Multiply in bfloat16."""
+    chunk: int | None = None
+    """Tokens of a layer at once on GPUs; None: the kernel's own choice."""
     window_px: int | None = None
     """Cut images into windows of this side and see each by itself, in place of whole images."""
 
@@ -94,7 +96,8 @@ class Predictor:
         """Mirror images to whole blocks, encode them: (n, rows, cols, features) float32."""
         look = Look(self.order, self.mean, self.std, every_cell=self.window_px is not None)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
-            found = look.features(self.model, images, partial(encode, self.model.encoder))
+            run = partial(encode, self.model.encoder, chunk=self.chunk)
+            found = look.features(self.model, images, run)
         return found.grid.float()
 
 
