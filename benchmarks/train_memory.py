@@ -5,8 +5,8 @@
 
 A step is loss and gradients of a recipe's model on one random canvas, with bfloat16 products on
 GPUs. The ways are those that `gigavim train --max-gpu-memory` chooses from; "predicted" is what it
-would have reckoned with. Peaks are of torch's allocator on GPUs, of the process's RAM on CPUs, less
-what was there before.
+would have reckoned with, the canvas included. Peaks are those of torch's allocator, less what was
+there before; a CPU's allocator makes more of it in RAM.
 """
 
 import argparse
@@ -14,12 +14,13 @@ import gc
 import json
 import platform
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from gigavim.engine.devices import resolve_device
 from gigavim.training import loop
@@ -64,21 +65,23 @@ def canvas(
     return images, labels, rows * cols * side**2
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory taken since `reset`, so far as it can be known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
-
-
-def reset(device: torch.device) -> int:
-    """Begin to look for the peak, and say what is taken now."""
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most that torch held at a time during a call, beyond what it held before."""
     gc.collect()
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the process's peak
-    return _status("VmRSS")
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        call()
+    assert watched.profiler is not None
+    results = watched.profiler.kineto_results
+    assert results is not None
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def step(recipe: Recipe, way: Split, tokens: int, device: torch.device) -> dict[str, object]:
@@ -92,14 +95,14 @@ def step(recipe: Recipe, way: Split, tokens: int, device: torch.device) -> dict[
     small = canvas(recipe, 256, device)[:2]
     gradients(small, 1, generator, record=False)
     budget.head_bytes, budget.loss_bytes  # noqa: B018, measured before the clock starts
-    before = reset(device)
+    found = []
     began = time.perf_counter()
-    loss, grads = gradients((images, labels), 1, generator, record=False)
-    finite = all(bool(torch.isfinite(g).all()) for g in grads)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    peak = peak_bytes(
+        lambda: found.append(gradients((images, labels), 1, generator, record=False)), device
+    )
     seconds = time.perf_counter() - began
-    peak = peak_bytes(device) - before
+    loss, grads = found[0]
+    finite = all(bool(torch.isfinite(g).all()) for g in grads)
     return {
         "tokens": tokens,
         "peak_bytes": peak,
@@ -111,17 +114,8 @@ def step(recipe: Recipe, way: Split, tokens: int, device: torch.device) -> dict[
     }
 
 
-def measured(recipe: Recipe, way: Split, tokens: int, device: str) -> dict[str, object]:
-    """Take a step; on a CPU in a process of its own, whose peak is not an earlier one's."""
-    if device.startswith("cuda"):
-        return in_place(recipe, way, tokens, device)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(in_place, recipe, way, tokens, device).result()
-
-
-def in_place(recipe: Recipe, way: Split, tokens: int, device: str) -> dict[str, object]:
+def measured(recipe: Recipe, way: Split, tokens: int, where: torch.device) -> dict[str, object]:
     """Take a step, or say that it does not fit."""
-    where = torch.device(device)
     try:
         with fast_products(where, workers=1):
             return step(recipe, way, tokens, where)
@@ -152,17 +146,10 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for tokens in args.lengths:
         for name in args.ways:
-            rows.append({"way": name} | measured(recipe, WAYS[name], tokens, str(device)))
+            rows.append({"way": name} | measured(recipe, WAYS[name], tokens, device))
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"device": where, "rows": rows}, indent=2) + "\n")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status does not tell {key}")
 
 
 if __name__ == "__main__":
