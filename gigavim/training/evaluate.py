@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from gigavim.frames import ClassSpec
 from gigavim.model.card import ModelCard
 from gigavim.training import score
+from gigavim.training.labelled import Classes
 from gigavim.training.pack import Picture
 from gigavim.training.recipe import IGNORED
 
@@ -75,20 +77,25 @@ def evaluate(
     device: torch.device,
     *,
     tolerance_px: int = 2,
+    classes: Classes | None = None,
 ) -> tuple[dict[str, Any], list[Seen]]:
     """Score a model at the pictures' own pixels, as its maps are laid over them.
 
     Args:
         tolerance_px: how far a boundary may be off and still count for the boundary F1.
+        classes: that the pictures label; all of the model's if absent.
     """
-    names = [spec.name for spec in card.classes]
+    classes = classes or Classes.all_of(card)
+    names = [spec.name for spec in classes.specs]
+    place = torch.tensor(classes.of_model, device=device)
     seen, counts, edges = [], [], torch.zeros(len(names), 4, dtype=torch.int64)
     calibration = Calibration.empty()
     for picture in pictures:
         item = score.show(picture, card.mpp, device)
-        probability = predictor.logits(item.image[None])[0].softmax(0)
+        each = predictor.logits(item.image[None])[0].softmax(0)
+        probability = each.new_zeros(len(names), *each.shape[1:]).index_add_(0, place, each)
         calibration.add(probability, item.labels)
-        small = probability.argmax(0).to(torch.uint8)[None, None].float()
+        small = place[each.argmax(0)][None, None].float()  # what the map shows, then merged
         truth = torch.tensor(picture.labels, device=device)
         found = F.interpolate(small, truth.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
         counts.append(score.confusion(found, truth, len(names)))
@@ -140,10 +147,10 @@ def boundary_f1(counts: Tensor) -> float:
     return 2 * precision * recall / max(1e-12, precision + recall)
 
 
-def sheet(seen: Sequence[Seen], card: ModelCard, *, most: int = 12) -> Image.Image:
+def sheet(seen: Sequence[Seen], classes: Sequence[ClassSpec], *, most: int = 12) -> Image.Image:
     """A row for each picture: itself, the truth, the prediction, and where they differ."""
     colours = np.full((256, 3), 128, np.uint8)
-    for index, spec in enumerate(card.classes):
+    for index, spec in enumerate(classes):
         colours[index] = spec.color_rgb
     step = max(1, len(seen) // most)
     rows = list(seen[::step])[:most]

@@ -250,13 +250,13 @@ def _read(
     if is_slide:
         image, mpp = slides.read_slide(path, recipe)
     else:
-        image, mpp = np.asarray(_open(path).convert("RGB")), recipe.data.mpp
+        image, mpp = np.asarray(open_picture(path).convert("RGB")), recipe.data.mpp
     if not labelled:
         return image, np.full(image.shape[:2], IGNORED, np.uint8), mpp
     mask_path = _mask_of(path, recipe.data.masks)
     if mask_path.suffix == ".geojson":
         return image, slides.draw_annotations(mask_path, path, image.shape[:2], recipe), mpp
-    shown = _open(mask_path)
+    shown = open_picture(mask_path)
     mask = np.asarray(shown.convert("L" if shown.mode in ("1", "L") else "RGB"))
     if is_slide:
         mask = slides.fit_labels(mask, image.shape[:2], mask_path)
@@ -272,7 +272,8 @@ def _mask_of(image: Path, pattern: str) -> Path:
     return found[0]
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
+    """Open and decode a picture; raises `SettingsError` where it is none."""
     try:
         picture = Image.open(path)
         picture.load()

@@ -39,19 +39,13 @@ def test_calibration_by_hand():
 
 
 def test_the_sheet_shows_mistakes_only(pictures_folder, recipe):
-    from gigavim.model.card import ModelCard, TrainingRecord
     from gigavim.training.pack import read_pictures
 
     picture = next(read_pictures(pictures_folder, recipe))
     found = picture.labels.copy()
     found[:20] = 2
-    card = ModelCard(
-        name="tiny", description="", config=recipe.model.encoder, mpp=0.5, mpp_range=(0.1, 0.6),
-        mean=(0.7, 0.6, 0.7), std=(0.2, 0.2, 0.2), classes=tuple(c.spec for c in recipe.classes),
-        order="blocks(4)", licence="CC0",
-        training=TrainingRecord(script="", data="", data_licence="", split=""),
-    )  # fmt: skip
-    page = np.asarray(evaluate.sheet([evaluate.Seen(picture, found)], card))
+    classes = [c.spec for c in recipe.classes]
+    page = np.asarray(evaluate.sheet([evaluate.Seen(picture, found)], classes))
     column = page[24:, 3 * (evaluate.SHEET_PX + evaluate.GAP_PX) + evaluate.GAP_PX :]
     shown = (column == np.array(recipe.classes[2].color_rgb)).all(-1)
     assert shown[:20].any()
