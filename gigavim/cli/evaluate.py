@@ -140,11 +140,16 @@ def _by_recipe(
     card: "ModelCard", data: Path, recipe: str | None, groups: str | None
 ) -> "list[Picture]":
     """Pictures as a recipe finds them; its classes have to be the model's."""
-    from gigavim.errors import ModelError
+    from gigavim.errors import ModelError, SettingsError
     from gigavim.training.pack import of_groups
-    from gigavim.training.recipe import load_recipe
+    from gigavim.training.recipe import load_recipe, shipped_recipes
     from gigavim.training.run import load_data
 
+    if recipe is None and card.name not in shipped_recipes():
+        raise SettingsError(
+            f"{card.name} was not trained by a shipped recipe: give its own with --recipe, or say "
+            "with --class what the masks show"
+        )
     rules = load_recipe(recipe or card.name)
     names = tuple(spec.name for spec in card.classes)
     if names != rules.class_names:

@@ -53,8 +53,9 @@ def command(
 ) -> None:
     """Train a segmentation model by RECIPE: a TOML file, or the name of a shipped one.
 
-    Training can be stopped at any time; the same command goes on from the last checkpoint. At the
-    end OUTPUT/model is a folder that `gigavim segment --model` takes.
+    Training can be stopped at any time; the same command goes on from the last checkpoint, and
+    more --steps or --max-minutes train on after the end. OUTPUT/model is then a folder that
+    `gigavim segment --model` takes. docs/training.md has a first training of two minutes.
 
     \b
     Examples:

@@ -83,7 +83,8 @@ def plan_windows(
         raise plan.too_little(kept_tokens, ram, "RAM", ram_budget, "memory")
     kernel = prepare_block(blocks[0], device=device, precision=precision, threads=threads)
     streams = torch.zeros(batch, tokens, model.encoder.config.d_model, device=device)
-    seconds = plan.best_seconds(lambda: kernel.apply(streams), device) * len(blocks)
+    with torch.no_grad():
+        seconds = plan.best_seconds(lambda: kernel.apply(streams), device) * len(blocks)
     return plan.Plan(
         tokens=count * tokens,
         blocks=len(blocks),

@@ -70,7 +70,7 @@ class WindowModel:
             model.encoder, device=device, precision=precision, threads=threads
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, windows: npt.NDArray[np.uint8]) -> Seen:
         """Segment windows (n, h, w, 3).
 
@@ -156,7 +156,7 @@ def segment_windows(
             index = _places(selection, corners, (seen.tokens.shape[1], seen.tokens.shape[2]))
             if kept is not None:
                 _keep(kept, index, seen, model)
-            total, windows = total + seen.class_tokens.sum(0).double().cpu(), windows + len(corners)
+            total, windows = total + seen.class_tokens.sum(0).cpu().double(), windows + len(corners)
             progress(len(index))
     kind = model.model.encoder.config.class_token
     if kept is not None and (slots := class_slots(len(selection), kind)):

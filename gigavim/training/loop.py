@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 PLAN_EVERY = 60
 """Steps between two plans of a training that has minutes, not steps."""
+UNPLANNED = 1_000_000_000
+"""Steps of a training that has minutes, until its speed is known."""
 Names = tuple[str, ...]
 Forward = Callable[[Tensor, int, Generator | None], Tensor]
 """Logits (B, classes, H, W) of normalised images (B, 3, H, W), of every n-th layer only; the
@@ -127,6 +129,17 @@ def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
     return progress
 
 
+def plan_anew(progress: Progress, recipe: Recipe) -> None:
+    """Take the length of a training from its recipe, which may ask for more than when it began."""
+    minutes = recipe.schedule.max_minutes
+    if minutes is None:
+        if progress.steps != recipe.schedule.steps:
+            log.info("%d steps are planned, not %d", recipe.schedule.steps, progress.steps)
+        progress.steps = recipe.schedule.steps
+    elif progress.step >= progress.steps and progress.seconds < 0.9 * 60 * minutes:
+        progress.steps = UNPLANNED
+
+
 def vim_forward(model: SegmentationModel, recipe: Recipe, budget: Budget | None = None) -> Forward:
     """How a Vim of a recipe is seen in training, within a budget of memory."""
     config, schedule, order = model.encoder.config, recipe.schedule, recipe.model.scan_order
@@ -203,7 +216,7 @@ def train(
     names, parameters = zip(*model.named_parameters(), strict=True)
     pace = Pace(schedule)
     if schedule.max_minutes is not None and progress.step == 0:
-        progress.steps = 1_000_000_000  # until the speed is known
+        progress.steps = UNPLANNED
     ahead: dict[int, Drawn] = {}
 
     gradients = Gradients(objective, parameters)

@@ -50,7 +50,11 @@ def read_pictures(root: Path, recipe: Recipe, *, labelled: bool = True) -> Itera
     data = recipe.data
     paths = sorted({p for pattern in data.images for p in root.glob(pattern)}, key=_natural)
     if not paths:
-        raise SettingsError(f"{root}: nothing there matches {' or '.join(data.images)}")
+        raise SettingsError(
+            f"{root}: nothing there matches {' or '.join(data.images)}, where the recipe of "
+            f"{recipe.model.name} looks for pictures; for other data copy a recipe and change its "
+            "[data]"
+        )
     keyed: dict[str, list[Path]] = {}
     for path in paths:
         match = re.search(data.group_pattern, path.relative_to(root).as_posix())

@@ -93,6 +93,7 @@ def pretrain(
     progress = loop.start(model, recipe)
     if checkpoint.exists():
         progress = loop.resume(checkpoint, model, recipe)
+        loop.plan_anew(progress, recipe)
     errors: list[float] = []
     since = time.monotonic()
 

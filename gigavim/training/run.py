@@ -124,6 +124,12 @@ class Run:
         if self.checkpoint.exists():
             self.progress = loop.resume(self.checkpoint, self.model, recipe)
             log.info("going on from step %d", self.progress.step)
+            loop.plan_anew(self.progress, recipe)
+            if self.progress.step >= self.progress.steps:
+                log.info(
+                    "%s is trained to its end: more --steps or --max-minutes train on, another "
+                    "--output begins anew", folder,
+                )  # fmt: skip
         else:
             generator = torch.Generator(device).manual_seed(recipe.schedule.seed)
             if not recipe.model.encoder_weights:
@@ -171,8 +177,8 @@ class Run:
             self.logs.write(progress.step, values)
             log.info(
                 "step %d of %s loss %.4f, %.0f tokens/s, %.1f min", progress.step,
-                progress.steps if progress.steps < 10**9 else "?", *list(values.values())[::2],
-                values["minutes"],
+                progress.steps if progress.steps < loop.UNPLANNED else "?",
+                *list(values.values())[::2], values["minutes"],
             )  # fmt: skip
             self.losses, self.tokens, self.since = [], 0, time.monotonic()
         stop = False

@@ -70,6 +70,10 @@ def test_pack_train_resume_and_segment(run, tmp_path, data, recipe):
 
     longer = run("train", recipe, "--data", "packed.npz", "-o", "runs", "--steps", "6")
     assert longer.code == 0
+    log = (tmp_path / "runs/log.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["step"] for line in log) == 6
+    again = run("train", recipe, "--data", "packed.npz", "-o", "runs", "--steps", "6")
+    assert "trained to its end" in again.err
     slide = tmp_path / "slide.png"
     Image.fromarray(np.full((120, 150, 3), 120, np.uint8)).save(slide)
     segmented = run(

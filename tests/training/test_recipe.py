@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from gigavim.errors import SettingsError
@@ -12,6 +14,13 @@ def written(tmp_path, text):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     return path
+
+
+def test_the_first_recipe_of_the_documents_is_one():
+    examples = Path(__file__).parents[2] / "docs/examples"
+    recipe = load_recipe(examples / "first-training.toml")
+    assert recipe.split.validation_groups == ("3",)
+    assert "first-training.toml" in (examples.parent / "training.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
