@@ -126,7 +126,7 @@ def prepare(
     device = resolve_device(compute.device)
     precision = resolve_precision(compute.precision, device)
     choice = choose_model(slide, settings.model, device)
-    config, threads = choice.model.encoder.config, compute.threads or usable_cores()
+    threads = compute.threads or usable_cores()
     grid = _grid(slide, choice, settings)
     with watch.stage("tissue"):
         mode = settings.tokens.tissue
@@ -138,36 +138,41 @@ def prepare(
         selection = _tokens(slide, grid, kept)
     readers = settings.tokens.num_workers or min(usable_cores(), MOST_READERS)
     with watch.stage("plan"):
-        other_bytes = _other_bytes(grid, readers, settings.tokens.block_px)
-        limits: dict[str, Any] = {
-            "device": device,
-            "precision": precision,
-            "max_memory_bytes": _limit(compute.max_memory),
-            "max_gpu_memory_bytes": _limit(compute.max_gpu_memory),
-            "scratch_dir": scratch,
-            "threads": threads,
-            "other_bytes": other_bytes,
-        }
-        length = len(selection) + config.class_tokens
-        if settings.model.context == "window":
-            side = settings.model.window_px
-            shares = choice.model.head.classes * settings.embedding.probabilities
-            plan = plan_windows(
-                kept_windows(grid, selection),
-                _look(choice).grid_hw(config, (side, side)),
-                choice.model,
-                kept_tokens=length,
-                kept_width=(config.d_model + shares) * keeps_tokens,
-                **limits,
-            )
-        else:
-            plan = plan_sweep(
-                length,
-                choice.model.encoder.block_weights(),
-                side_width=choice.model.head.side_width,
-                **limits,
-            )
+        plan = _planned(
+            choice, grid, selection, settings, keeps_tokens=keeps_tokens, device=device,
+            precision=precision, scratch_dir=scratch, threads=threads,
+            other_bytes=_other_bytes(grid, readers, settings.tokens.block_px),
+        )  # fmt: skip
     return Job(slide, choice, grid, tissue, selection, device, precision, threads, readers, plan)
+
+
+def _planned(
+    choice: Choice,
+    grid: TokenGrid,
+    selection: TokenSelection,
+    settings: Settings,
+    *,
+    keeps_tokens: bool,
+    **how: Any,
+) -> Plan:
+    """The plan of a sweep, or of windows; `how` is what both are told."""
+    config, head = choice.model.encoder.config, choice.model.head
+    length = len(selection) + config.class_tokens
+    how["max_memory_bytes"] = _limit(settings.compute.max_memory)
+    how["max_gpu_memory_bytes"] = _limit(settings.compute.max_gpu_memory)
+    if settings.model.context == "slide":
+        weights = choice.model.encoder.block_weights()
+        return plan_sweep(length, weights, side_width=head.side_width, **how)
+    side = settings.model.window_px
+    shares = head.classes * settings.embedding.probabilities
+    return plan_windows(
+        kept_windows(grid, selection),
+        _look(choice).grid_hw(config, (side, side)),
+        choice.model,
+        kept_tokens=length,
+        kept_width=(config.d_model + shares) * keeps_tokens,
+        **how,
+    )
 
 
 def _grid(slide: Slide, choice: Choice, settings: Settings) -> TokenGrid:
@@ -391,6 +396,7 @@ def _limit(text: str) -> int | None:
 
 def _other_bytes(grid: TokenGrid, readers: int, block_px: int) -> int:
     """RAM beside the encoder's: the larger of reading and writing, and the maps of cells."""
+    block_px = max(block_px, grid.block * grid.stride_px)  # blocks hold whole windows
     # Blocks in flight, each with its source and its resampled pixels, and the picture of them.
     pixels = grid.frame.width_px * grid.frame.height_px
     reading = (2 * readers + 2) * block_px**2 * 3 * 2
