@@ -95,7 +95,7 @@ class Budget:
             if atlas.device.type == "cuda":  # a guard, should the estimate be wrong
                 total = torch.cuda.get_device_properties(atlas.device).total_memory
                 share = min(1.0, max(1, limit - CONTEXT_BYTES) / total)
-                torch.cuda.set_per_process_memory_fraction(share, atlas.device)
+                torch.cuda.set_per_process_memory_fraction(share, atlas.device.index)
         return budget
 
     def check(self) -> None:
