@@ -12,7 +12,7 @@ import zarr
 from torch import Tensor
 
 from gigavim.config import Settings
-from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probabilities
+from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probabilities, survey
 from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
@@ -124,9 +124,11 @@ def _write_embeddings(
 ) -> tuple[int, ...]:
     model, grid = job.choice.model, job.grid
     gather, head = _features(job, run), model.head
+    with torch.inference_mode():
+        context = survey(gather, head, job.selection) if content.probabilities else None
 
     def probabilities(first: int, last: int) -> Tensor:
-        return mean_probabilities(gather, head, job.selection, first, last)
+        return mean_probabilities(gather, head, job.selection, first, last, context=context)
 
     pools = layout.pool_factors(grid.rows, grid.cols)
     write_index(root, job.selection.index)
