@@ -61,7 +61,7 @@ def spread_bins(
         cols: the same for columns (w,).
     """
     down, across = (_between(at, length, size).to(cells.dtype) for at, length in (rows, cols))
-    square = cells.unflatten(1, (size, size))
+    square = cells.reshape(len(cells), size, size, -1)
     return torch.einsum("hu,wv,buvc->bhwc", down, across, square)
 
 

@@ -115,13 +115,15 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Attend to tokens where the mask (n, tokens) is true."""
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=mask[:, None, None])
+        qkv = cast(Tensor, self.qkv(self.norm(x))).reshape(*x.shape[:2], 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         x = x + self.proj(found.transpose(1, 2).flatten(2))
         return x + cast(Tensor, self.mlp(self.mlp_norm(x)))
 
 
 def _squares(grid: Tensor) -> Tensor:
     """(B, h * WINDOW, w * WINDOW, c) to (B * h * w, WINDOW ** 2, c)."""
-    cut = grid.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))  # (B, h, W, w, W, c)
-    return cut.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+    batch, rows, cols, channels = grid.shape
+    cut = grid.reshape(batch, rows // WINDOW, WINDOW, cols // WINDOW, WINDOW, channels)
+    return cut.transpose(2, 3).reshape(-1, WINDOW**2, channels)

@@ -95,7 +95,7 @@ class UperNetHead(Head):
         if part is None:
             part = Part(0, 0, (rows, cols), self.survey_grid(features, kept))
         mask = None if kept is None else kept[..., None].to(features.dtype)  # (B, rows, cols, 1)
-        *parts, last = features.split(self.width, -1)
+        *parts, last = torch.split(features, self.width, -1)
         levels = [spread(grow(x), s) for x, s, grow in zip(parts, self.scales, self.grow,
                                                            strict=True)]  # fmt: skip
         masks = [None if mask is None else repeat(mask, s) for s in self.scales]
@@ -131,7 +131,7 @@ class UperNetHead(Head):
                 (part.top, part.left), means.shape[1:3], part.grid_hw, strict=True
             )
         )
-        parts = cells.to(last.dtype).split([s * s for s in bins.SIZES], 1)
+        parts = torch.split(cells.to(last.dtype), [s * s for s in bins.SIZES], 1)
         pyramid = [
             bins.spread_bins(F.gelu(linear(x)), size, down, across).to(means.dtype)
             for x, size, linear in zip(parts, bins.SIZES, self.pooled, strict=True)
@@ -156,4 +156,5 @@ class ConvNorm(nn.Module):
 
 def _cell_sums(x: Tensor) -> Tensor:
     """(B, 2 h, 2 w, c) to sums (B, h, w, c)."""
-    return x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).sum((2, 4))
+    batch, rows, cols, channels = x.shape
+    return x.reshape(batch, rows // 2, 2, cols // 2, 2, channels).sum((2, 4))
