@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigavim.model.heads import Head
+from gigavim.model.heads import Head, Part
 from gigavim.model.windows import Window, windows
 from gigavim.tokens.grid import TokenGrid, TokenSelection
 
@@ -68,6 +68,7 @@ def decode_strips(
     *,
     rows_at_once: int | None = None,
     cols_at_once: int = WINDOW_COLS,
+    context: Tensor | None = None,
 ) -> Iterator[LabelStrip]:
     """Yield the label map from top to bottom; pixels of cells that are no tokens have label 0.
 
@@ -77,14 +78,18 @@ def decode_strips(
     Args:
         rows_at_once: of the grid, in a strip; chosen if absent.
         cols_at_once: of the grid, in a window, where the head sees neighbours.
+        context: what `survey` gave; surveyed now if absent.
     """
+    context = survey(gather, head, selection) if context is None else context
     overlap = grid.patch_px - grid.stride_px
     step = rows_at_once or _strip_rows(head, grid)
     carry: Tensor | None = None
     for row in range(0, grid.rows, step):
         index = selection.index[row : row + step]
         last = row + step >= grid.rows
-        strip = _decoded(gather, head, grid, selection, (row, row + len(index)), cols_at_once)
+        strip = _decoded(
+            gather, head, grid, selection, (row, row + len(index)), cols_at_once, context
+        )
         if overlap:
             labels, carry = _overlapping(strip, grid, index.shape, head.classes, carry, last=last)
         else:
@@ -96,8 +101,23 @@ def decode_strips(
         yield LabelStrip(y, labels, int((index >= 0).sum()))
 
 
+def survey(gather: Gather, head: Head, selection: TokenSelection) -> Tensor | None:
+    """What the head knows of all tokens; nothing, at no cost, where it asks for nothing."""
+    if not head.surveys:
+        return None
+    total: Tensor | None = None
+    for start in range(0, len(selection), BATCH_TOKENS):
+        stop = min(start + BATCH_TOKENS, len(selection))
+        features = gather(torch.arange(start, stop))
+        cells = torch.from_numpy(selection.cells[start:stop].astype(np.int64)).to(features.device)
+        cols = selection.index.shape[1]
+        found = head.survey(features, cells // cols, cells % cols, _size(selection))
+        total = found if total is None else total + found
+    return total
+
+
 def decode_window(
-    gather: Gather, head: Head, selection: TokenSelection, window: Window
+    gather: Gather, head: Head, selection: TokenSelection, window: Window, context: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decode the tokens of a window.
 
@@ -111,17 +131,29 @@ def decode_window(
     place = kept.to(features.device)
     seen[place] = features
     mask = None if kept.all() else place[None]  # none is quicker than one that keeps everything
+    part = Part(window.top_seen, window.left_seen, _size(selection), context)
     # Convolutions rounded to TF32 would let it show where the grid was cut.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        logits = head.decode(seen[None], mask)[0, *window.inner]
+        logits = head.decode(seen[None], mask, part)
+    logits = logits[0, *window.inner]
     row, col = torch.nonzero(kept[window.inner], as_tuple=True)
     return row, col, logits[row.to(logits.device), col.to(logits.device)]
 
 
 def mean_probabilities(
-    gather: Gather, head: Head, selection: TokenSelection, first: int, last: int
+    gather: Gather,
+    head: Head,
+    selection: TokenSelection,
+    first: int,
+    last: int,
+    *,
+    context: Tensor | None = None,
 ) -> Tensor:
-    """Class probabilities, the mean over its patch, of the tokens first..last-1: (n, classes)."""
+    """Class probabilities, the mean over its patch, of the tokens first..last-1: (n, classes).
+
+    `context` is what `survey` gave; surveyed now if absent.
+    """
+    context = survey(gather, head, selection) if context is None else context
     if not head.halo:
         logits = head.decode(gather(torch.arange(first, last))[None, None])[0, 0]
         return logits.softmax(1).mean((2, 3))
@@ -135,11 +167,16 @@ def mean_probabilities(
         ):
             place = selection.index[window.core]
             if ((place >= first) & (place < last)).any():
-                row, col, logits = decode_window(gather, head, selection, window)
+                row, col, logits = decode_window(gather, head, selection, window, context)
                 own = torch.from_numpy(place.astype(np.int64))[row, col] - first
                 asked = (own >= 0) & (own < last - first)
                 found[own[asked]] = logits.softmax(1).mean((2, 3)).float().cpu()[asked]
     return found
+
+
+def _size(selection: TokenSelection) -> tuple[int, int]:
+    rows, cols = selection.index.shape
+    return rows, cols
 
 
 def _strip_rows(head: Head, grid: TokenGrid) -> int:
@@ -159,6 +196,7 @@ def _decoded(
     selection: TokenSelection,
     rows: tuple[int, int],
     cols_at_once: int,
+    context: Tensor | None,
 ) -> Iterator[Decoded]:
     """Logits of the tokens of a strip, some at a time."""
     index = selection.index[slice(*rows)]
@@ -173,7 +211,7 @@ def _decoded(
         return
     for window in windows(rows, (grid.rows, grid.cols), halo=head.halo, cols_at_once=cols_at_once):
         if (selection.index[window.core] >= 0).any():
-            row, col, logits = decode_window(gather, head, selection, window)
+            row, col, logits = decode_window(gather, head, selection, window, context)
             yield Decoded(row, col + window.left, logits)
 
 

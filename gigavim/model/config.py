@@ -9,8 +9,8 @@ from gigavim.errors import ModelError
 ClassToken = Literal["none", "head", "middle", "double"]
 Pooling = Literal["class", "mean", "max", "last"]
 Bidirectional = Literal["v2", "v1", "none", "layer_pairs"]
-HeadKind = Literal["linear", "fpn"]
-"""Decoders of segmentation models; see `gigavim.model.heads`."""
+HeadKind = Literal["linear", "fpn", "upernet", "segmenter"]
+"""Decoders of segmentation models; see `gigavim.model.head_kinds`."""
 Position = Literal["grid", "block", "sincos", "none"]
 
 CLASS_TOKENS: dict[ClassToken, int] = {"none": 0, "head": 1, "middle": 1, "double": 2}

@@ -6,22 +6,36 @@ over a slide, gives it the same numbers:
 
 - `side` is what the taps leave of a token: numbers that are added up while the blocks run;
 - `features` joins it to the final-normed token;
+- `survey` is what some tokens add to what a head knows of all of them (its context);
 - `decode` turns a window of the grid into logits. Of a window's tokens, those further than `halo`
   from its sides do not depend on where the grid was cut. Cells that are no tokens are to
   their neighbours what the outside of the grid is: nothing.
 """
 
-from typing import cast, get_args
+from dataclasses import dataclass
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigavim.errors import ModelError
 from gigavim.model.block import RMSNorm
-from gigavim.model.config import HeadKind, VimConfig
+from gigavim.model.config import VimConfig
 
 DETAIL_FLOATS = 128
 """Numbers of a token's own pixels that the decoder sees at its finest level."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a window lies on the whole grid, and what its head knows of all tokens."""
+
+    top: int
+    left: int
+    grid_hw: tuple[int, int]
+    """(rows, cols) of the whole grid."""
+    context: Tensor | None = None
+    """The sum of what `Head.survey` gave, or what `Head.survey_grid` did."""
 
 
 class Head(nn.Module):
@@ -38,6 +52,8 @@ class Head(nn.Module):
     """Numbers that the taps leave of a token."""
     halo: int = 0
     """How many neighbours away, on the grid, a token still matters."""
+    surveys: bool = False
+    """Whether it knows something of all tokens, which is surveyed before any is decoded."""
 
     def __init__(self, config: VimConfig, classes: int) -> None:
         super().__init__()
@@ -52,12 +68,30 @@ class Head(nn.Module):
         """Join final-normed tokens (..., D) and the sum of the taps: (..., feature_width)."""
         return encoded
 
-    def decode(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+    def survey(
+        self, features: Tensor, row: Tensor, col: Tensor, grid_hw: tuple[int, int]
+    ) -> Tensor:
+        """What some tokens (n, feature_width) add to the context, float64.
+
+        Args:
+            row: (n,) int64 on the grid. col: (n,) int64.
+            grid_hw: (rows, cols) of the whole grid.
+        """
+        raise NotImplementedError
+
+    def survey_grid(self, grid: Tensor, kept: Tensor | None = None) -> Tensor | None:
+        """The context of whole grids (B, rows, cols, feature_width), with gradients."""
+        return None
+
+    def decode(
+        self, features: Tensor, kept: Tensor | None = None, part: Part | None = None
+    ) -> Tensor:
         """Decode a window of the grid.
 
         Args:
             features: (B, rows, cols, feature_width), zero where no token is.
             kept: (B, rows, cols) bool, where tokens are; everywhere if absent.
+            part: which window of the grid; the whole grid if absent.
 
         Returns:
             (B, rows, cols, classes, patch_px, patch_px) logits.
@@ -74,7 +108,9 @@ class LinearHead(Head):
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def decode(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+    def decode(
+        self, features: Tensor, kept: Tensor | None = None, part: Part | None = None
+    ) -> Tensor:
         """See `Head.decode`; any leading dimensions will do."""
         logits: Tensor = self.linear(features)
         return logits.reshape(*features.shape[:-1], self.classes, self.patch_px, self.patch_px)
@@ -95,7 +131,7 @@ class FpnHead(Head):
         d_model, blocks = config.d_model, config.depth
         if config.bidirectional == "layer_pairs":
             blocks //= 2
-        levels = _halvings(config.stride_px)
+        levels = halvings(config.stride_px)
         self.width = width or default_width(config)
         if self.width % 2**levels:
             raise ModelError(f"a head of {self.width} channels cannot be halved {levels} times")
@@ -116,11 +152,7 @@ class FpnHead(Head):
         fine = channels[-1]
         self.mix = nn.Linear(self.detail, fine, bias=False)
         self.norm = RMSNorm(fine, config.norm_eps)
-        if self.stride_px == self.patch_px:
-            self.out = nn.Linear(fine, classes * (self.stride_px // self.scale) ** 2)
-        else:
-            self.out = nn.Linear(fine * self.scale**2, classes * self.patch_px**2)
-        nn.init.zeros_(self.out.bias)
+        self.out = outputs(config, fine, self.scale, classes)
 
     def side(self, place: int, stream: Tensor) -> Tensor:
         """See `Head.side`."""
@@ -134,26 +166,20 @@ class FpnHead(Head):
         last = cast(Tensor, self.last(encoded))
         return side + F.pad(last, (0, self.side_width - self.width))
 
-    def decode(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+    def decode(
+        self, features: Tensor, kept: Tensor | None = None, part: Part | None = None
+    ) -> Tensor:
         """See `Head.decode`."""
         x, own = features[..., : self.width], features[..., self.width :]
         mask = None if kept is None else kept[..., None].to(x.dtype)  # (B, rows, cols, 1)
         for level, refine in enumerate(self.refine):
             if level:
-                x = _spread(self.grow[level - 1](x), 2)
-                mask = None if mask is None else _repeat(mask, 2)
+                x = spread(self.grow[level - 1](x), 2)
+                mask = None if mask is None else repeat(mask, 2)
             if level == len(self.refine) - 1:
-                x = x + self.mix(_spread(own, self.scale))
+                x = x + self.mix(spread(own, self.scale))
             x = refine(x, mask)
-        x = _gathered(self.norm(x), self.scale)  # (B, rows, cols, s, s, channels)
-        if self.stride_px != self.patch_px:
-            logits: Tensor = self.out(x.flatten(3))
-            return logits.reshape(*x.shape[:3], self.classes, self.patch_px, self.patch_px)
-        rest = self.stride_px // self.scale
-        cells: Tensor = self.out(x)
-        cells = cells.reshape(*x.shape[:5], self.classes, rest, rest)
-        laid = cells.permute(0, 1, 2, 5, 3, 6, 4, 7)  # (B, rows, cols, classes, s, r, s, r)
-        return laid.flatten(6).flatten(4, 5)
+        return laid_out_pixels(self, self.out, self.norm(x), self.scale)
 
 
 class Refine(nn.Module):
@@ -167,20 +193,10 @@ class Refine(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Refine; outside the mask (B, rows, cols, 1) everything stays zero."""
-        inner = F.gelu(_convolved(self.first, self.norm(x)))
+        inner = F.gelu(convolved(self.first, self.norm(x)))
         if mask is None:
-            return x + _convolved(self.second, inner)
-        return x + _convolved(self.second, inner * mask) * mask
-
-
-def make_head(kind: HeadKind, config: VimConfig, classes: int, width: int = 0) -> Head:
-    """Make a head of a kind; `width` 0 is its default. Raises `ModelError` for other kinds."""
-    match kind:
-        case "linear":
-            return LinearHead(config, classes)
-        case "fpn":
-            return FpnHead(config, classes, width)
-    raise ModelError(f"no head is called {kind!r}: there are {', '.join(get_args(HeadKind))}")
+            return x + convolved(self.second, inner)
+        return x + convolved(self.second, inner * mask) * mask
 
 
 def default_width(config: VimConfig) -> int:
@@ -188,7 +204,30 @@ def default_width(config: VimConfig) -> int:
     return max(32, config.d_model // 2 // 32 * 32)
 
 
-def _halvings(stride_px: int) -> int:
+def outputs(config: VimConfig, channels: int, scale: int, classes: int) -> nn.Linear:
+    """The last map of a decoder whose tokens have scale x scale cells; see `laid_out_pixels`."""
+    if config.stride_px == config.patch_px:
+        out = nn.Linear(channels, classes * (config.stride_px // scale) ** 2)
+    else:
+        out = nn.Linear(channels * scale**2, classes * config.patch_px**2)
+    nn.init.zeros_(out.bias)
+    return out
+
+
+def laid_out_pixels(head: Head, out: nn.Module, x: Tensor, scale: int) -> Tensor:
+    """Map cells (B, rows * s, cols * s, channels) to (B, rows, cols, classes, P, P) logits."""
+    x = gathered(x, scale)  # (B, rows, cols, s, s, channels)
+    if head.stride_px != head.patch_px:
+        logits: Tensor = out(x.flatten(3))
+        return logits.reshape(*x.shape[:3], head.classes, head.patch_px, head.patch_px)
+    rest = head.stride_px // scale
+    cells: Tensor = out(x)
+    cells = cells.reshape(*x.shape[:5], head.classes, rest, rest)
+    laid = cells.permute(0, 1, 2, 5, 3, 6, 4, 7)  # (B, rows, cols, classes, s, r, s, r)
+    return laid.flatten(6).flatten(4, 5)
+
+
+def halvings(stride_px: int) -> int:
     """How often a stride can be halved so that cells of at least 2 px are left."""
     count = 0
     while stride_px % 4 == 0:
@@ -196,27 +235,28 @@ def _halvings(stride_px: int) -> int:
     return count
 
 
-def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
+def convolved(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of (B, rows, cols, channels), which torch calls channels last."""
     return cast(Tensor, conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
-def _spread(x: Tensor, factor: int) -> Tensor:
+def spread(x: Tensor, factor: int) -> Tensor:
     """(B, rows, cols, f * f * c) to (B, rows * f, cols * f, c)."""
     batch, rows, cols, _ = x.shape
     cells = x.reshape(batch, rows, cols, factor, factor, -1).transpose(2, 3)
     return cells.reshape(batch, rows * factor, cols * factor, -1)
 
 
-def _gathered(x: Tensor, factor: int) -> Tensor:
+def gathered(x: Tensor, factor: int) -> Tensor:
     """(B, rows * f, cols * f, c) to (B, rows, cols, f, f, c)."""
     batch, rows, cols, channels = x.shape
     cells = x.reshape(batch, rows // factor, factor, cols // factor, factor, channels)
     return cells.transpose(2, 3)
 
 
-def _repeat(mask: Tensor, factor: int) -> Tensor:
-    return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+def repeat(x: Tensor, factor: int) -> Tensor:
+    """(B, rows, cols, c) to (B, rows * factor, cols * factor, c), each cell repeated."""
+    return x.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
 def stitch(patches: Tensor, grid_hw: tuple[int, int], stride_px: int) -> Tensor:

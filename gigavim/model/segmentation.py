@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from gigavim.errors import ModelError
 from gigavim.model.config import HeadKind
-from gigavim.model.heads import make_head, stitch
+from gigavim.model.head_kinds import make_head
+from gigavim.model.heads import stitch
 from gigavim.model.sequence import without_class_tokens
 from gigavim.model.vim import Vim, grid_places
 from gigavim.tokens.order import ScanOrder

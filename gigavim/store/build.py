@@ -12,7 +12,7 @@ import zarr
 from torch import Tensor
 
 from gigavim.config import Settings
-from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probabilities
+from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probabilities, survey
 from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
@@ -137,11 +137,15 @@ def _write_embeddings(
 ) -> tuple[int, ...]:
     model, grid = job.choice.model, job.grid
     gather, head = _features(job, run), model.head
+    with torch.inference_mode():
+        context = None
+        if content.probabilities and run.shares is None:
+            context = survey(gather, head, job.selection)
 
     def probabilities(first: int, last: int) -> Tensor:
         if run.shares is not None:
             return run.shares.rows(first, last)
-        return mean_probabilities(gather, head, job.selection, first, last)
+        return mean_probabilities(gather, head, job.selection, first, last, context=context)
 
     pools = layout.pool_factors(grid.rows, grid.cols)
     write_index(root, job.selection.index)

@@ -16,10 +16,11 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gigavim.model.block import Block
+from gigavim.model.heads import Part
 from gigavim.model.heads import stitch
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import OnStream, Vim
-from gigavim.model.windows import windows
+from gigavim.model.windows import Window, windows
 from gigavim_kernels.backends import backend_name
 
 log = logging.getLogger(__name__)
@@ -123,17 +124,19 @@ def decode(model: SegmentationModel, grid: Tensor, strip_rows: int | None = None
     if strip_rows is None or not torch.is_grad_enabled():
         return model.logits(grid)
     head, (rows, cols) = model.head, grid.shape[1:3]
+    context = head.survey_grid(grid)
 
-    def strip(part: Tensor, inner: tuple[slice, slice]) -> Tensor:
-        return head.decode(part)[:, *inner]
+    def strip(seen: Tensor, window: Window, context: Tensor | None) -> Tensor:
+        part = Part(window.top_seen, window.left_seen, (rows, cols), context)
+        return head.decode(seen, None, part)[:, *window.inner]
 
     strips = []
     for top in range(0, rows, strip_rows):
         whole = (top, min(top + strip_rows, rows))
         for window in windows(whole, (rows, cols), halo=head.halo, cols_at_once=cols):
-            part = grid[:, *window.seen]
+            seen = grid[:, *window.seen]
             again = checkpoint(
-                strip, part, window.inner, use_reentrant=False, preserve_rng_state=False
+                strip, seen, window, context, use_reentrant=False, preserve_rng_state=False
             )
             strips.append(cast(Tensor, again))
     logits = torch.cat(strips, 1)

@@ -40,7 +40,7 @@ class ModelRecipe(_Section):
     encoder: VimConfig
     head: HeadKind = "linear"
     """What turns tokens into pixels: "linear" each by itself, "fpn" with layers in between and
-    neighbours."""
+    neighbours, "upernet" with the whole slide pooled too, "segmenter" by attention in squares."""
     head_width: Annotated[int, Field(ge=0, le=4096)] = 0
     """Channels of the head, where it has a choice; 0 is the default of its kind."""
     order: str

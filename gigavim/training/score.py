@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigavim.model.heads import Part
 from gigavim.model.pictures import Look, side_slices
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.windows import windows
@@ -67,12 +68,15 @@ class Predictor:
         grid, patch = self._features(images), config.patch_px
         count, rows, cols, _ = grid.shape
         found = torch.empty(count, rows, patch, cols, patch, dtype=torch.uint8, device=grid.device)
+        context = self.model.head.survey_grid(grid)
         for top in range(0, rows, WINDOW_TOKENS):
             strip = (top, min(top + WINDOW_TOKENS, rows))
             for window in windows(
                 strip, (rows, cols), halo=self.model.head.halo, cols_at_once=WINDOW_TOKENS
             ):
-                logits = self.model.head.decode(grid[:, *window.seen])[:, *window.inner]
+                part = Part(window.top_seen, window.left_seen, (rows, cols), context)
+                seen = self.model.head.decode(grid[:, *window.seen], None, part)
+                logits = seen[:, *window.inner]
                 labels = logits.max(3).indices.to(torch.uint8)  # (n, rows, cols, P, P)
                 found[:, window.core[0], :, window.core[1]] = labels.transpose(2, 3)
         return found.view(count, rows * patch, cols * patch)[:, :height, :width]

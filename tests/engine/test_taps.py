@@ -13,7 +13,7 @@ from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
 from gigavim.segmentation import segment
 
-HEADS = ["fpn"]
+HEADS = ["fpn", "upernet", "segmenter"]
 
 
 def saved(folder, make_card, head, **changes):
@@ -84,4 +84,6 @@ def test_the_plan_counts_what_the_taps_keep(head):
         for width in (0, model.head.side_width)
     ]  # fmt: skip
     assert plans[1].ram_bytes - plans[0].ram_bytes == 4 * 100_000 * model.head.side_width
+    if not model.head.taps:
+        assert model.head.side_width == 0
     assert "stream" in "".join(plans[1].describe())

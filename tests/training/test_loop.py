@@ -86,6 +86,17 @@ def test_variants_of_the_paper_train(canvases, changes):
             assert not torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("head", ["fpn", "upernet", "segmenter"])
+def test_decoders_learn_the_pictures(canvases, head):
+    parts = {
+        "model": canvases.recipe.model.model_copy(update={"head": head}),
+        "schedule": canvases.recipe.schedule.model_copy(update={"steps": 24}),
+    }
+    other = Canvases(canvases.atlas, canvases.recipe.model_copy(update=parts))
+    _, _, losses = trained(other)
+    assert sum(losses[-6:]) < sum(losses[:6])
+
+
 def test_a_resumed_run_is_the_same_run(canvases, tmp_path):
     whole, expected, _ = trained(canvases)
     model, progress, _ = trained(canvases, on_step=lambda p: p.step == 3)
