@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gigavim.model.block import Block
 from gigavim.model.vim import OnStream, Vim
 from gigavim_kernels.backends import backend_name
+from gigavim_kernels.naive import spread_rates
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +115,8 @@ def layer_kernel(device: torch.device, states: int, d_model: int) -> LayerKernel
 
 def tied_rate(A: Tensor) -> Tensor:
     """Fit rate (E,) such that A (E, N) is about n * rate; the states share its gradient."""
-    return -torch.exp(torch.log(-A / spread_rate(A.new_ones(1), A.shape[1])).mean(1))
-
-
-def spread_rate(rate: Tensor, states: int) -> Tensor:
-    """The rates (E, N) of states that share a rate (E,): n * rate."""
-    return rate[:, None] * torch.arange(1, states + 1, dtype=rate.dtype, device=rate.device)
+    ratio = spread_rates(A.new_ones(1), A.shape[1])
+    return -torch.exp(torch.log(-A / ratio).mean(1))
 
 
 @torch.no_grad()
@@ -142,7 +139,7 @@ def _add_on_gpu(layer: Block, stream: Tensor, keep: Tensor | None, tied: bool) -
     directions = mixer.directions()
     if tied:
         directions = tuple(
-            replace(d, A=spread_rate(tied_rate(d.A), d.A.shape[1])) for d in directions
+            replace(d, A=tied_rate(d.A)[:, None]) for d in directions
         )
     out_proj = mixer.out_proj.weight
     return vim_branch(

@@ -212,9 +212,19 @@ SENSES: dict[str, tuple[tuple[tuple[bool, bool], ...], ...]] = {
 
 
 def random_block(
-    kind: str = "v2", d_model: int = 32, states: int = 16, taps: int = 4, seed: int = 0
+    kind: str = "v2",
+    d_model: int = 32,
+    states: int = 16,
+    taps: int = 4,
+    seed: int = 0,
+    tied: bool = False,
 ) -> BlockWeights:
-    """Random weights of a block, the same for the same arguments; `kind` is a key of `SENSES`."""
+    """Random weights of a block, the same for the same arguments.
+
+    Args:
+        kind: a key of `SENSES`.
+        tied: the decay rates of a channel's states are in the ratio of `naive.spread_rates`.
+    """
     generator = torch.Generator().manual_seed(seed)
     width, rank = 2 * d_model, max(1, d_model // 16)
 
@@ -229,7 +239,7 @@ def random_block(
                 in_proj=normal(2 * width, d_model) / d_model**0.5,
                 out_proj=normal(d_model, width) / width**0.5,
                 directions=tuple(
-                    _direction(generator, width, states, rank, taps, *sense) for sense in senses
+                    _direction(generator, width, states, rank, taps, tied, *sense) for sense in senses
                 ),
                 scale=0.5 if kind == "v2" else 1.0,
             )
@@ -245,6 +255,7 @@ def _direction(
     states: int,
     rank: int,
     taps: int,
+    tied: bool,
     reverse: bool,
     reverse_conv: bool,
 ) -> Direction:
@@ -261,7 +272,7 @@ def _direction(
         x_proj=normal(rank + 2 * states, width) / width**0.5,
         dt_weight=normal(width, rank) / rank**0.5,
         dt_bias=step + torch.log(-torch.expm1(-step)),  # the inverse of softplus
-        A=-torch.arange(1, states + 1.0).repeat(width, 1) * (uniform(width, 1) * 1.5 + 0.5),
+        A=-torch.arange(1, states + 1.0) * (uniform(width, 1 if tied else states) * 1.5 + 0.5),
         D=normal(width),
         reverse=reverse,
         reverse_conv=reverse_conv,
