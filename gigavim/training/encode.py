@@ -59,7 +59,7 @@ def encode(
         on_stream: as of `encoder.encode`; what layers are left out is not skipped in its count.
     """
     config = encoder.config
-    kernel = layer_kernel(tokens.device, config.d_state, config.d_model)
+    kernel = layer_kernel(tokens.device, config.d_state, config.d_model, tied)
 
     def added(layer: Block, stream: Tensor, keep: Tensor | None) -> Tensor:
         if recompute and torch.is_grad_enabled() and not kernel.recomputes:
@@ -93,7 +93,7 @@ def encode(
 
 
 @cache
-def layer_kernel(device: torch.device, states: int, d_model: int) -> LayerKernel:
+def layer_kernel(device: torch.device, states: int, d_model: int, tied: bool) -> LayerKernel:
     """Choose the kernels for a device; where there are none, the model's own plain torch."""
     if device.type == "cpu" and states == 16 and d_model % 8 == 0:
         if backend_name(device) == "numba":
@@ -101,7 +101,7 @@ def layer_kernel(device: torch.device, states: int, d_model: int) -> LayerKernel
     elif device.type == "cuda" and backend_name(device) == "triton":
         from gigavim_kernels import selftest
 
-        check = selftest.check_branch(device, d_model, states)
+        check = selftest.check_branch(device, d_model, states, tied=tied)
         if check.ok:
             return LayerKernel(_add_on_gpu, recomputes=True)
         log.warning(
@@ -138,9 +138,7 @@ def _add_on_gpu(layer: Block, stream: Tensor, keep: Tensor | None, tied: bool) -
     mixer = layer.mixer
     directions = mixer.directions()
     if tied:
-        directions = tuple(
-            replace(d, A=tied_rate(d.A)[:, None]) for d in directions
-        )
+        directions = tuple(replace(d, A=tied_rate(d.A)[:, None]) for d in directions)
     out_proj = mixer.out_proj.weight
     return vim_branch(
         stream.float(),

@@ -56,7 +56,7 @@ def scan_gradients(
 
     Args:
         grad_y: (B, L, E) contiguous; grad_last, grad_decay, decay: (B, E, N) contiguous float32.
-        x, dt, z: (B, L, E); bc: (B, L, 2 N); A: (E, N) or (E, 1); D, dt_bias: (E,): the scan's arguments.
+        x, dt, z: (B, L, E); bc: (B, L, 2 N); A: (E, N) or (E, 1); D, dt_bias: (E,): as the scan's.
         marks: (B, ceil(L / MARK), N, E), see `Scanned`.
         chunk: tokens per chunk; chosen by size if absent.
     """

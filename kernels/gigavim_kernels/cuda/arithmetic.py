@@ -100,11 +100,8 @@ def load_rates(
     p_a: tl.tensor, o_e: tl.tensor, N: tl.constexpr, BE: tl.constexpr, TIED: tl.constexpr
 ) -> tl.tensor:
     """A log2(e) of the channels o_e: a tile (N, BE), or a row (BE,) of state 0's if TIED."""
-    if TIED:
-        a = tl.load(p_a + o_e) * LOG2_E
-    else:
-        a = load_states(p_a, o_e * N, 1, N, BE) * LOG2_E
-    return a
+    a = tl.load(p_a + o_e) if TIED else load_states(p_a, o_e * N, 1, N, BE)
+    return a * LOG2_E
 
 
 @triton.jit
