@@ -65,10 +65,10 @@ def check_gradients(device: torch.device) -> Iterator[Check]:
     from gigavim_kernels.cuda import ops
 
     length, channels, states = 150, 64, 16
-    given = scan_arguments(1, length, channels, states, device)
+    spread = scan_arguments(1, length, channels, states, device)
     weights = torch.randn(1, length, channels).to(device)
-    one_rate = given | {"A": given["A"][:, :1]}
-    for given, reverse in itertools.product((given, one_rate), (False, True)):
+    tied = spread | {"A": spread["A"][:, :1]}
+    for given, reverse in itertools.product((spread, tied), (False, True)):
         found = {n: t.clone().requires_grad_() for n, t in given.items()}
         expected = {n: t.double().requires_grad_() for n, t in given.items()}
         ops_loss = (ops.selective_scan(**found, reverse=reverse).y * weights).sum()
@@ -82,7 +82,7 @@ def check_gradients(device: torch.device) -> Iterator[Check]:
             assert other is not None
             worst = max(worst, relative_error(one, other))
         sense = "reverse" if reverse else "forward"
-        rates = "tied rates, " if given is one_rate else ""
+        rates = "tied rates, " if given is tied else ""
         yield Check(f"gradients, triton, {rates}{sense}", worst, LIMITS["fp32"])
 
 
