@@ -199,7 +199,7 @@ def work_bytes(
     d_model, d_inner = branch.out_proj.shape
     floats = tokens * (CHUNK_FLOATS_PER_CHANNEL * d_inner + 4 * d_model)
     if backend_name(device) == "torch":
-        hidden = tokens * d_inner * branch.directions[0].A.shape[1]
+        hidden = tokens * d_inner * branch.directions[0].states
         floats += 3 * min(hidden, HIDDEN_BUDGET.get(device.type, HIDDEN_BUDGET_ACCELERATOR))
     return floats * 4 + edge_state_bytes(length, blocks, chunk)
 

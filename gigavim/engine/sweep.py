@@ -101,7 +101,9 @@ def edge_state_bytes(length: int, blocks: Sequence[BlockWeights], chunk: int) ->
     """Memory for the states at chunk edges that a sweep keeps at a time (one block's)."""
     chunks = -(-length // chunk)
     per_chunk = (
-        sum(d.A.numel() * 4 for branch in b.branches for d in branch.directions if d.reverse)
+        sum(
+            len(d.A) * d.states * 4 for branch in b.branches for d in branch.directions if d.reverse
+        )
         for b in blocks
     )
     return chunks * max(per_chunk, default=0)

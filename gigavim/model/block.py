@@ -170,7 +170,7 @@ def _scan(direction: Direction, inner: Tensor, gate: Tensor) -> Tensor:
     u = causal_conv(
         inner, direction.conv_weight, direction.conv_bias, reverse=direction.reverse_conv
     )
-    rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
+    rank, states = direction.dt_weight.shape[1], direction.states
     low = F.linear(u, direction.x_proj)
     dt_low, B, C = low[..., :rank], low[..., rank : rank + states], low[..., rank + states :]
     dt = F.linear(dt_low, direction.dt_weight)  # (B, L, E), before bias and softplus

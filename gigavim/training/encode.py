@@ -22,6 +22,7 @@ from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import OnStream, Vim
 from gigavim.model.windows import Window, windows
 from gigavim_kernels.backends import backend_name
+from gigavim_kernels.naive import spread_rates
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def encode(
         chunk: tokens of a layer at once, on GPUs; by size if absent.
     """
     config = encoder.config
-    kernel = layer_kernel(tokens.device, config.d_state, config.d_model)
+    kernel = layer_kernel(tokens.device, config.d_state, config.d_model, tied)
 
     def added(layer: Block, stream: Tensor, keep: Tensor | None) -> Tensor:
         if recompute and torch.is_grad_enabled() and not kernel.recomputes:
@@ -162,7 +163,7 @@ def _groups(steps: int, group: int, every: int, stops: Collection[int]) -> Itera
 
 
 @cache
-def layer_kernel(device: torch.device, states: int, d_model: int) -> LayerKernel:
+def layer_kernel(device: torch.device, states: int, d_model: int, tied: bool) -> LayerKernel:
     """Choose the kernels for a device; where there are none, the model's own plain torch."""
     if device.type == "cpu" and states == 16 and d_model % 8 == 0:
         if backend_name(device) == "numba":
@@ -170,7 +171,7 @@ def layer_kernel(device: torch.device, states: int, d_model: int) -> LayerKernel
     elif device.type == "cuda" and backend_name(device) == "triton":
         from gigavim_kernels import selftest
 
-        check = selftest.check_branch(device, d_model, states)
+        check = selftest.check_branch(device, d_model, states, tied=tied)
         if check.ok:
             return LayerKernel(_add_on_gpu, recomputes=True)
         log.warning(
@@ -184,12 +185,8 @@ def layer_kernel(device: torch.device, states: int, d_model: int) -> LayerKernel
 
 def tied_rate(A: Tensor) -> Tensor:
     """Fit rate (E,) such that A (E, N) is about n * rate; the states share its gradient."""
-    return -torch.exp(torch.log(-A / spread_rate(A.new_ones(1), A.shape[1])).mean(1))
-
-
-def spread_rate(rate: Tensor, states: int) -> Tensor:
-    """The rates (E, N) of states that share a rate (E,): n * rate."""
-    return rate[:, None] * torch.arange(1, states + 1, dtype=rate.dtype, device=rate.device)
+    ratio = spread_rates(A.new_ones(1), A.shape[1])
+    return -torch.exp(torch.log(-A / ratio).mean(1))
 
 
 @torch.no_grad()
@@ -215,9 +212,7 @@ def _add_on_gpu(
     mixer = layer.mixer
     directions = mixer.directions()
     if tied:
-        directions = tuple(
-            replace(d, A=spread_rate(tied_rate(d.A), d.A.shape[1])) for d in directions
-        )
+        directions = tuple(replace(d, A=tied_rate(d.A)[:, None]) for d in directions)
     out_proj = mixer.out_proj.weight
     return vim_branch(
         stream.float(),

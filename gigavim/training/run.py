@@ -251,8 +251,8 @@ class Run:
     @property
     def _tied(self) -> bool:
         config = self.recipe.model.encoder
-        kernel = layer_kernel(self.device, config.d_state, config.d_model)
-        return self.recipe.model.tied_rates or kernel.ties
+        asked = self.recipe.model.tied_rates
+        return asked or layer_kernel(self.device, config.d_state, config.d_model, asked).ties
 
     def _metrics(self) -> dict[str, float]:
         monitor = self.recipe.loss.monitor

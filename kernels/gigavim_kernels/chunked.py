@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gigavim_kernels.naive import ScanResult
+from gigavim_kernels.naive import ScanResult, spread_rates
 
 HIDDEN_BUDGET = {"cpu": 1 << 20}
 """Hidden states held at once, by device type: a CPU keeps them in its cache."""
@@ -50,6 +50,7 @@ def selective_scan(
     Half precision inputs are computed in float32: y has the dtype of x, the state that of the
     computation. Gradients flow to every tensor from y, state and decay (once differentiable).
     """
+    A = spread_rates(A, B.shape[2])
     apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Scan.apply
     return ScanResult(*apply(x, dt, A, B, C, D, z, dt_bias, state, reverse))
 

@@ -45,10 +45,12 @@ def selective_scan(
 
     Args:
         x: (B, L, E) input; dt: (B, L, E) before bias and softplus; z: (B, L, E) gate.
-        A: (E, N), negative. B, C: (B, L, N), shared by all channels. D, dt_bias: (E,).
+        A: (E, N), negative, or (E, 1), see `spread_rates`. B, C: (B, L, N), shared by all channels.
+        D, dt_bias: (E,).
         state: (B, E, N) initial hidden state, zero if absent.
         reverse: scan from token L-1 to token 0; y stays in token order.
     """
+    A = spread_rates(A, B.shape[2])
     delta = F.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, L, E)
     batch, length, channels = x.shape
     h = x.new_zeros(batch, channels, A.shape[1]) if state is None else state
@@ -63,6 +65,17 @@ def selective_scan(
     if z is not None:
         y = y * F.silu(z)
     return ScanResult(y, h, torch.exp(A * delta.sum(1)[..., None]))
+
+
+def spread_rates(A: Tensor, states: int) -> Tensor:
+    """The rates of all states, (..., E, N), of A (..., E, N) or (..., E, 1).
+
+    A single rate is state 0's; state n decays n + 1 times as fast, the ratio that Mamba starts
+    from. Where it is kept, one exponential makes the decays of all states by products.
+    """
+    if A.shape[-1] == states:
+        return A
+    return A * torch.arange(1, states + 1, dtype=A.dtype, device=A.device)
 
 
 def causal_conv(
@@ -98,7 +111,7 @@ def vim_block(block: BlockWeights, stream: Tensor) -> Tensor:
         for d in branch.directions:
             c = causal_conv(x, d.conv_weight.double(), d.conv_bias.double(), reverse=d.reverse_conv)
             projected = c @ d.x_proj.double().T
-            rank, states = d.dt_weight.shape[1], d.A.shape[1]
+            rank, states = d.dt_weight.shape[1], d.states
             dt, B, C = torch.split(projected, [rank, states, states], 2)
             dt = dt @ d.dt_weight.double().T
             sides = (d.D.double(), z, d.dt_bias.double())

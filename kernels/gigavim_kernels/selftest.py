@@ -1,6 +1,7 @@
 """Are the kernels right on this machine? Checks against the specification in float64."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -42,7 +43,8 @@ def run(device: torch.device, *, full: bool = False) -> Iterator[Check]:
             yield check_block(name, device, precision)
     if "triton" in names:
         yield from check_gradients(device)
-        yield check_branch(device)
+        for tied in (False, True):
+            yield check_branch(device, tied=tied)
         if full:
             yield from check_offsets(device)
 
@@ -63,9 +65,10 @@ def check_gradients(device: torch.device) -> Iterator[Check]:
     from gigavim_kernels.cuda import ops
 
     length, channels, states = 150, 64, 16
-    given = scan_arguments(1, length, channels, states, device)
+    spread = scan_arguments(1, length, channels, states, device)
     weights = torch.randn(1, length, channels).to(device)
-    for reverse in (False, True):
+    tied = spread | {"A": spread["A"][:, :1]}
+    for given, reverse in itertools.product((spread, tied), (False, True)):
         found = {n: t.clone().requires_grad_() for n, t in given.items()}
         expected = {n: t.double().requires_grad_() for n, t in given.items()}
         ops_loss = (ops.selective_scan(**found, reverse=reverse).y * weights).sum()
@@ -79,17 +82,29 @@ def check_gradients(device: torch.device) -> Iterator[Check]:
             assert other is not None
             worst = max(worst, relative_error(one, other))
         sense = "reverse" if reverse else "forward"
-        yield Check(f"gradients, triton, {sense}", worst, LIMITS["fp32"])
+        rates = "tied rates, " if given is tied else ""
+        yield Check(f"gradients, triton, {rates}{sense}", worst, LIMITS["fp32"])
 
 
 def check_branch(
-    device: torch.device, d_model: int = 64, states: int = 16, length: int = 150
+    device: torch.device,
+    d_model: int = 64,
+    states: int = 16,
+    length: int = 150,
+    *,
+    tied: bool = False,
 ) -> Check:
-    """Every gradient of a whole block that recomputes, over a sequence in three chunks."""
+    """Every gradient of a whole block that recomputes, over a sequence in three chunks.
+
+    Args:
+        tied: one rate per channel, see `naive.spread_rates`.
+    """
     from gigavim_kernels.cuda.branch import vim_branch
     from gigavim_kernels.cuda.directions import stack
 
     block = random_block(d_model=d_model, states=states)
+    if tied:
+        block = _with_one_rate(block)
     stream, weights = torch.randn(2, length, d_model)
     found, mine = leaves(block.branches[0], stream, device, torch.float32)
     expected, theirs = leaves(block.branches[0], stream, torch.device("cpu"), torch.float64)
@@ -107,7 +122,17 @@ def check_branch(
         assert one is not None
         assert other is not None
         worst = max(worst, relative_error(one.cpu(), other))
-    return Check("gradients of a block, triton", worst, LIMITS["fp32"])
+    rates = ", tied rates" if tied else ""
+    return Check(f"gradients of a block, triton{rates}", worst, LIMITS["fp32"])
+
+
+def _with_one_rate(block: BlockWeights) -> BlockWeights:
+    """The block with the first of every channel's rates alone."""
+    branches = tuple(
+        replace(b, directions=tuple(replace(d, A=d.A[:, :1].contiguous()) for d in b.directions))
+        for b in block.branches
+    )
+    return replace(block, branches=branches)
 
 
 def leaves(
@@ -212,9 +237,19 @@ SENSES: dict[str, tuple[tuple[tuple[bool, bool], ...], ...]] = {
 
 
 def random_block(
-    kind: str = "v2", d_model: int = 32, states: int = 16, taps: int = 4, seed: int = 0
+    kind: str = "v2",
+    d_model: int = 32,
+    states: int = 16,
+    taps: int = 4,
+    seed: int = 0,
+    tied: bool = False,
 ) -> BlockWeights:
-    """Random weights of a block, the same for the same arguments; `kind` is a key of `SENSES`."""
+    """Random weights of a block, the same for the same arguments.
+
+    Args:
+        kind: a key of `SENSES`.
+        tied: the decay rates of a channel's states are in the ratio of `naive.spread_rates`.
+    """
     generator = torch.Generator().manual_seed(seed)
     width, rank = 2 * d_model, max(1, d_model // 16)
 
@@ -229,7 +264,8 @@ def random_block(
                 in_proj=normal(2 * width, d_model) / d_model**0.5,
                 out_proj=normal(d_model, width) / width**0.5,
                 directions=tuple(
-                    _direction(generator, width, states, rank, taps, *sense) for sense in senses
+                    _direction(generator, width, states, rank, taps, tied, *sense)
+                    for sense in senses
                 ),
                 scale=0.5 if kind == "v2" else 1.0,
             )
@@ -245,6 +281,7 @@ def _direction(
     states: int,
     rank: int,
     taps: int,
+    tied: bool,
     reverse: bool,
     reverse_conv: bool,
 ) -> Direction:
@@ -261,7 +298,7 @@ def _direction(
         x_proj=normal(rank + 2 * states, width) / width**0.5,
         dt_weight=normal(width, rank) / rank**0.5,
         dt_bias=step + torch.log(-torch.expm1(-step)),  # the inverse of softplus
-        A=-torch.arange(1, states + 1.0).repeat(width, 1) * (uniform(width, 1) * 1.5 + 0.5),
+        A=-torch.arange(1, states + 1.0) * (uniform(width, 1 if tied else states) * 1.5 + 0.5),
         D=normal(width),
         reverse=reverse,
         reverse_conv=reverse_conv,

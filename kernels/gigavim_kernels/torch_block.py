@@ -34,7 +34,7 @@ class TorchBlock:
     def zero_states(self, *, reverse: bool) -> States:
         """See `BlockKernel.zero_states`."""
         return tuple(
-            torch.zeros_like(d.A)
+            d.A.new_zeros(len(d.A), d.states)
             for b in self._branches
             for d in b.directions
             if d.reverse == reverse
@@ -97,7 +97,7 @@ class TorchBlock:
             beyond[None],
             reverse=direction.reverse_conv,
         )
-        rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
+        rank, states = direction.dt_weight.shape[1], direction.states
         dt, B, C = torch.split_with_sizes(
             _linear(c[0], direction.x_proj), (rank, states, states), 1
         )

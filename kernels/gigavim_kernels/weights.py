@@ -27,13 +27,18 @@ class Direction:
     dt_bias: Tensor
     """(E,), added before the softplus."""
     A: Tensor
-    """(E, N), negative: -exp(A_log)."""
+    """(E, N), negative: -exp(A_log); or (E, 1), see `naive.spread_rates`."""
     D: Tensor
     """(E,), the skip."""
     reverse: bool
     """Scan from the last token to the first."""
     reverse_conv: bool
     """Convolve anti-causally (tap K-1-j meets the token j places later)."""
+
+    @property
+    def states(self) -> int:
+        """N."""
+        return (self.x_proj.shape[0] - self.dt_weight.shape[1]) // 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,12 +26,13 @@ def kernel_of(backend, block, precision, threads=2):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("d_model", "states", "taps"), [(32, 16, 4), (24, 32, 1), (7, 5, 2)])
 def test_block_equals_the_specification(
     random_block, specified_block, swept, relative_error,
-    backend, kind, precision, d_model, states, taps,
+    backend, kind, precision, d_model, states, taps, tied,
 ):  # fmt: skip
-    block = random_block(kind, d_model, states, taps)
+    block = random_block(kind, d_model, states, taps, tied=tied)
     stream = torch.randn(75, d_model)
     added = specified_block(block, stream) - stream.double()
     kernel = kernel_of(backend, block, precision)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gigavim_kernels.cpu.scan import state_block
 from gigavim_kernels.cpu.simd import LANES
+from gigavim_kernels.naive import spread_rates
 from gigavim_kernels.weights import Branch, Direction
 
 STATE_MULTIPLE = 8
@@ -90,11 +91,12 @@ def prepare_branch(branch: Branch, product: torch.dtype) -> CpuBranch:
 
 
 def _prepare_direction(direction: Direction, product: torch.dtype) -> CpuDirection:
-    rank, states = direction.dt_weight.shape[1], direction.A.shape[1]
+    rank, states = direction.dt_weight.shape[1], direction.states
     dt, B, C = torch.split_with_sizes(direction.x_proj, (rank, states, states))
     rows = [padded(B, 0, STATE_MULTIPLE), padded(C, 0, STATE_MULTIPLE), padded(dt, 0, LANES)]
     x_proj = padded(torch.cat(rows), 1, LANES)
-    A2 = padded(padded(direction.A.T * math.log2(math.e), 1, LANES), 0, STATE_MULTIPLE).numpy()
+    rates = spread_rates(direction.A, states)
+    A2 = padded(padded(rates.T * math.log2(math.e), 1, LANES), 0, STATE_MULTIPLE).numpy()
     return CpuDirection(
         conv_weight=ordered_taps(direction.conv_weight, reverse=direction.reverse_conv),
         conv_bias=padded(direction.conv_bias[None], 1, LANES).numpy(),

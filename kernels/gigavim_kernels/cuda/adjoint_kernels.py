@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 
 from gigavim_kernels.cuda.arithmetic import (
-    LOG2_E,
     advance,
     channels,
+    decays,
     halves,
     lanes,
+    load_rates,
     load_states,
     sigmoid,
     softplus,
@@ -45,11 +46,13 @@ def _exchange(rows: tl.tensor, STEP: tl.constexpr, HALF: tl.constexpr) -> tl.ten
 
 
 @triton.jit
-def sum_lanes(rows: tl.tensor, N: tl.constexpr) -> tl.tensor:
-    """Sum each of N rows of 32 numbers over its lanes: lane i returns the sum of row i N // 32.
+def sum_lanes(rows: tl.tensor, N: tl.constexpr, BE: tl.constexpr) -> tl.tensor:
+    """Sum each of N rows of BE numbers over its lanes: lane i returns the sum of row i N // 32.
 
     Lanes pair up and each keeps half of the rows: as many exchanges as rows, in place of five each.
     """
+    if BE > 32:
+        rows = tl.sum(tl.reshape(rows, (N, 32, BE // 32)), 2)  # neighbours of one lane
     for s in tl.static_range(5):
         if (N >> s) > 1:
             rows = _exchange(rows, 16 >> s, N >> (s + 1))
@@ -80,6 +83,7 @@ def chunk_adjoints(
     reverse: tl.tensor,
     E: tl.constexpr,
     N: tl.constexpr,
+    TIED: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -91,7 +95,7 @@ def chunk_adjoints(
     i_b = i_chunk // chunks
     o_e = channels(i_e, E, BE)
     o_lane = lanes(i_e, E, BE)
-    a = load_states(p_a, o_lane * N, 1, N, BE) * LOG2_E
+    a = load_rates(p_a, o_lane, N, BE, TIED)
     bias = tl.load(p_bias + o_e) if p_bias is not None else 0.0
 
     start = i_k * chunk
@@ -114,7 +118,7 @@ def chunk_adjoints(
             g *= z * sigmoid(z)
             p_z += sense * s_zt
         delta = softplus(dt + bias)
-        adjoint = tl.exp2(a * delta[None, :]) * (adjoint + g[None, :] * c[:, None])
+        adjoint = decays(a, delta, N, TIED) * (adjoint + g[None, :] * c[:, None])
         total += delta
         p_dy += sense * E
         p_dt += sense * s_dtt
@@ -158,8 +162,8 @@ def chunk_gradients(
     reverse: tl.tensor,
     E: tl.constexpr,
     N: tl.constexpr,
+    TIED: tl.constexpr,
     BE: tl.constexpr,
-    U: tl.constexpr,
     MARK: tl.constexpr,
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -170,11 +174,11 @@ def chunk_gradients(
     i_k = i_chunk % chunks
     i_b = i_chunk // chunks
     lane = tl.arange(0, BE)
-    o_e = lanes(i_e, E, BE)
-    once = i_e * BE + lane < E  # a channel that stands twice counts once in sums over channels
+    o_e = channels(i_e, E, BE)
+    o_lane = lanes(i_e, E, BE)
     o_bc = tl.arange(0, 2 * N)
-    o_sum = lane * N // BE  # where sum_lanes leaves which sum
-    m_sum = lane % (BE // N) == 0
+    o_sum = tl.arange(0, 32) * N // 32  # where sum_lanes leaves which sum
+    m_sum = tl.arange(0, 32) % (32 // N) == 0
     start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
     first = start + reverse * (steps - 1)
@@ -187,81 +191,82 @@ def chunk_gradients(
     p_bc += (i_b * length + first) * 2 * N
     p_dbc += ((i_e.to(tl.int64) * batch + i_b) * length + first) * 2 * N + o_sum
     p_marks += (i_b * tl.cdiv(length, MARK) + start // MARK) * N * E
-    p_scratch += tl.program_id(0).to(tl.int64) * (MARK // U) * N * BE
+    p_scratch += tl.program_id(0).to(tl.int64) * MARK * N * BE
     if p_z is not None:
         p_z += i_b * s_zb + first * s_zt + o_e
         p_dz += (i_b * length + first) * E + o_e
-    a = load_states(p_a, o_e * N, 1, N, BE) * LOG2_E
+    a = load_rates(p_a, o_lane, N, BE, TIED)
     bias = tl.load(p_bias + o_e) if p_bias is not None else 0.0
     skip = tl.load(p_d + o_e) if p_d is not None else 0.0
     each = tl.load(p_each + i_b * E + o_e) if p_each is not None else 0.0
 
-    adjoint = load_states(p_exits + i_chunk * N * E, o_e, E, N, BE)
-    sum_a = tl.zeros([N, BE], tl.float32)
+    adjoint = load_states(p_exits + i_chunk * N * E, o_lane, E, N, BE)
+    sum_a = tl.zeros_like(a)
     sum_d = tl.zeros([BE], tl.float32)
     sum_bias = tl.zeros([BE], tl.float32)
     marks = tl.cdiv(steps, MARK)
     for i_mark in range(0, marks):
         mark = marks - 1 - i_mark
-        begin = mark * MARK
-        groups = tl.cdiv(tl.minimum(MARK, steps - begin), U)
-        h = load_states(p_marks + mark.to(tl.int64) * N * E, o_e, E, N, BE)
-        for j in tl.range(0, groups, num_stages=STAGES):
+        tokens = tl.minimum(MARK, steps - mark * MARK)
+        h = load_states(p_marks + mark.to(tl.int64) * N * E, o_lane, E, N, BE)
+        for j in tl.range(0, tokens, num_stages=STAGES):
+            t = sense * (mark * MARK + j)
             store_states(p_scratch + j * N * BE, lane, BE, h, N)
-            for u in tl.static_range(U):
-                t = sense * tl.minimum(begin + j * U + u, steps - 1)
-                x = tl.load(p_x + t * s_xt).to(tl.float32)
-                delta = softplus(tl.load(p_dt + t * s_dtt).to(tl.float32) + bias)
-                b, _c = halves(tl.load(p_bc + t * 2 * N + o_bc), N)
-                h = advance(h, a, delta, x, b)
+            x = tl.load(p_x + t * s_xt).to(tl.float32)
+            delta = softplus(tl.load(p_dt + t * s_dtt).to(tl.float32) + bias)
+            b, _c = halves(tl.load(p_bc + t * 2 * N + o_bc), N)
+            h = advance(h, a, delta, x, b, N, TIED)
         tl.debug_barrier()  # what was stored is copied to shared memory ahead of its use below
-        for i in tl.range(0, groups, num_stages=STAGES):
-            j = groups - 1 - i
-            hidden = (load_states(p_scratch + j * N * BE, lane, BE, N, BE),)
-            tokens = ()
-            for u in tl.static_range(U):
-                # Beyond the end of the chunk: the last token again, with a step of zero.
-                inside = tl.full([BE], begin + j * U + u, tl.int32) < steps
-                t = sense * tl.minimum(begin + j * U + u, steps - 1)
-                x = tl.load(p_x + t * s_xt).to(tl.float32)
-                raw = tl.load(p_dt + t * s_dtt).to(tl.float32) + bias
-                dy = tl.where(inside, tl.load(p_dy + t * E).to(tl.float32), 0.0)
-                z = x
-                if p_z is not None:
-                    z = tl.load(p_z + t * s_zt).to(tl.float32)
-                bc = tl.load(p_bc + t * 2 * N + o_bc)
-                b, _c = halves(bc, N)
-                delta = tl.where(inside, softplus(raw), 0.0)
-                hidden = hidden + (advance(hidden[u], a, delta, x, b),)  # noqa: RUF005
-                tokens = tokens + ((t, inside, x, raw, delta, dy, z, bc),)  # noqa: RUF005
-            for u in tl.static_range(U - 1, -1, -1):
-                t, inside, x, raw, delta, dy, z, bc = tokens[u]
-                b, c = halves(bc, N)
-                g: tl.tensor = dy
-                if p_z is not None:
-                    gate = sigmoid(z)
-                    y = tl.sum(hidden[u + 1] * c[:, None], 0) + skip * x
-                    d_z = dy * y * gate * (1.0 + z * (1.0 - gate))
-                    tl.store(p_dz + t * E, d_z.to(p_dz.dtype.element_ty), mask=inside)
-                    g *= z * gate
-                adjoint += g[None, :] * c[:, None]
-                d_drive = tl.sum(adjoint * b[:, None], 0)
-                d_b = sum_lanes(adjoint * tl.where(once, delta * x, 0.0)[None, :], N)
-                d_c = sum_lanes(hidden[u + 1] * tl.where(once, g, 0.0)[None, :], N)
-                adjoint *= tl.exp2(a * delta[None, :])
-                decayed = adjoint * hidden[u]
-                d_exponent = tl.sum(a * decayed, 0) * LN_2  # a is for exp2
+        for i in tl.range(0, tokens, num_stages=STAGES):
+            j = tokens - 1 - i
+            t = sense * (mark * MARK + j)
+            before = load_states(p_scratch + j * N * BE, lane, BE, N, BE)
+            x = tl.load(p_x + t * s_xt).to(tl.float32)
+            raw = tl.load(p_dt + t * s_dtt).to(tl.float32) + bias
+            dy = tl.load(p_dy + t * E).to(tl.float32)
+            b, c = halves(tl.load(p_bc + t * 2 * N + o_bc), N)
+            delta = softplus(raw)
+            g = dy
+            if p_z is not None:
+                z = tl.load(p_z + t * s_zt).to(tl.float32)
+                gate = sigmoid(z)
+                y = tl.sum(h * c[:, None], 0) + skip * x
+                d_z = dy * y * gate * (1.0 + z * (1.0 - gate))
+                tl.store(p_dz + t * E, d_z.to(p_dz.dtype.element_ty))
+                g *= z * gate
+            drive = delta * x
+            g_once: tl.tensor = g
+            if E % BE != 0:  # a channel that stands twice counts once in sums over channels
+                once = i_e * BE + lane < E
+                drive = tl.where(once, drive, 0.0)
+                g_once = tl.where(once, g, 0.0)
+            adjoint += g[None, :] * c[:, None]
+            d_drive = tl.sum(adjoint * b[:, None], 0)
+            d_b = sum_lanes(adjoint * drive[None, :], N, BE)
+            d_c = sum_lanes(h * g_once[None, :], N, BE)
+            adjoint *= decays(a, delta, N, TIED)
+            decayed = adjoint * before
+            if TIED:
+                at_once = tl.sum((tl.arange(0, N) + 1.0)[:, None] * decayed, 0)
+                d_exponent = a * at_once * LN_2  # a is for exp2
+                sum_a += delta * at_once
+            else:
+                d_exponent = tl.sum(a * decayed, 0) * LN_2
                 sum_a += delta[None, :] * decayed
-                d_raw = (d_drive * x + d_exponent + each) * sigmoid(raw)
-                d_x = d_drive * delta + g * skip
-                sum_d += g * x
-                sum_bias += tl.where(inside, d_raw, 0.0)
-                tl.store(p_dx + t * E, d_x.to(p_dx.dtype.element_ty), mask=inside)
-                tl.store(p_ddt + t * E, d_raw.to(p_ddt.dtype.element_ty), mask=inside)
-                tl.store(p_dbc + t * 2 * N, d_b, mask=inside & m_sum)
-                tl.store(p_dbc + t * 2 * N + N, d_c, mask=inside & m_sum)
+            d_raw = (d_drive * x + d_exponent + each) * sigmoid(raw)
+            d_x = d_drive * delta + g * skip
+            sum_d += g * x
+            sum_bias += d_raw
+            tl.store(p_dx + t * E, d_x.to(p_dx.dtype.element_ty))
+            tl.store(p_ddt + t * E, d_raw.to(p_ddt.dtype.element_ty))
+            tl.store(p_dbc + t * 2 * N, d_b, mask=m_sum)
+            tl.store(p_dbc + t * 2 * N + N, d_c, mask=m_sum)
+            h = before
         tl.debug_barrier()  # before the scratch is written again
-    store_states(p_da + i_chunk * N * E, o_e, E, sum_a, N)
+    if TIED:
+        tl.store(p_da + i_chunk * E + o_e, sum_a)
+    else:
+        store_states(p_da + i_chunk * N * E, o_e, E, sum_a, N)
     tl.store(p_dd + i_chunk * E + o_e, sum_d)
     tl.store(p_dbias + i_chunk * E + o_e, sum_bias)
     if WHOLE:

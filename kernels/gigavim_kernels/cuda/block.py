@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels.block import States
-from gigavim_kernels.cuda.directions import Directions, scan_inputs, stack
+from gigavim_kernels.cuda.directions import Directions, scan_inputs, stack, tie_rates
 from gigavim_kernels.cuda.norm import rms_norm
 from gigavim_kernels.cuda.scan import Scanned, scan, scan_states
 from gigavim_kernels.weights import BlockWeights, Branch
@@ -37,9 +37,9 @@ class CudaBlock:
     def zero_states(self, *, reverse: bool) -> States:
         """See `BlockKernel.zero_states`."""
         return tuple(
-            torch.zeros_like(b.directions.A[i])
+            state
             for b in self._branches
-            for i, r in enumerate(b.directions.reverse)
+            for state, r in zip(b.directions.zero_states(), b.directions.reverse)
             if r == reverse
         )
 
@@ -134,7 +134,7 @@ class _Branch:
 
 
 def _prepare(branch: Branch, device: torch.device, product: torch.dtype) -> _Branch:
-    directions = stack(branch.directions).to(device, product)
+    directions = stack(tie_rates(branch.directions)).to(device, product)
     forward = directions.reverse.count(False)
     return _Branch(
         norm_weight=branch.norm_weight.to(device),

@@ -82,8 +82,8 @@ def _forward_fake(
     half: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    chunks, A = -(-stream.shape[1] // chunk), weights[-2]
-    entries = A.new_empty(chunks, len(reverse), stream.shape[0], *A.shape[1:])
+    chunks, d = -(-stream.shape[1] // chunk), Directions.of(weights[3:], reverse, reverse_conv)
+    entries = d.A.new_empty(chunks, len(reverse), len(stream), d.A.shape[1], d.states)
     return torch.empty_like(stream), entries
 
 

@@ -1,7 +1,7 @@
 """The directions of a branch side by side, and what their scans read of its inner rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels.cuda.conv import convolve
+from gigavim_kernels.naive import spread_rates
 from gigavim_kernels.weights import Direction
 
+RATE_ROUNDING = 1e-6
+"""Relative; rates go through a logarithm and back."""
 RANK_MULTIPLE = 8
 """Columns of dt are padded to 16 bytes in bf16, so that all of x_proj's columns are aligned."""
 
@@ -30,7 +33,7 @@ class Directions:
     dt_bias: Tensor
     """(S, E)"""
     A: Tensor
-    """(S, E, N)"""
+    """(S, E, N), or (S, E, 1), see `naive.spread_rates`."""
     D: Tensor
     """(S, E)"""
     reverse: tuple[bool, ...]
@@ -44,6 +47,15 @@ class Directions:
         conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D = tensors
         senses = tuple(reverse), tuple(reverse_conv)
         return Directions(conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D, *senses)
+
+    @property
+    def states(self) -> int:
+        """N."""
+        return (self.x_proj.shape[1] - self.dt_weight.shape[2]) // 2
+
+    def zero_states(self) -> Tensor:
+        """States of zero before any token, (S, E, N)."""
+        return self.A.new_zeros(*self.A.shape[:2], self.states)
 
     def only(self, part: slice) -> "Directions":
         """Some of the directions."""
@@ -95,6 +107,16 @@ def stack(directions: Sequence[Direction]) -> Directions:
         reverse=tuple(d.reverse for d in directions),
         reverse_conv=tuple(d.reverse_conv for d in directions),
     )
+
+
+def tie_rates(directions: Sequence[Direction]) -> tuple[Direction, ...]:
+    """The directions with one rate per channel, if `naive.spread_rates` gives all of theirs."""
+    tied = tuple(replace(d, A=d.A[:, :1]) for d in directions)
+    for one, d in zip(tied, directions):
+        spread = spread_rates(one.A, d.states)
+        if not torch.allclose(spread, d.A, rtol=RATE_ROUNDING, atol=0):
+            return tuple(directions)
+    return tied
 
 
 def scan_inputs(d: Directions, x: Tensor, *, before: int, after: int) -> ScanInputs:

@@ -30,10 +30,10 @@ def selective_scan(
     tensor from y, state and decay, once differentiable, and two runs give the same bits. Saved for
     them are the arguments and one state for every `scan.MARK` tokens.
     """
-    states = A.shape[1]
+    states = B.shape[2]
     more = max(2, 1 << (states - 1).bit_length()) - states
     if more:  # the kernels take powers of two: states that nothing enters change nothing
-        A, B, C = (F.pad(t, (0, more)) for t in (A, B, C))
+        A, B, C = (t if t.shape[-1] < states else F.pad(t, (0, more)) for t in (A, B, C))
         state = None if state is None else F.pad(state, (0, more))
     rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, z)]
     whole = [None if t is None else t.float().contiguous() for t in (A, D, dt_bias, state)]
@@ -87,9 +87,10 @@ def _scan_fake(
     mark: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
+    states = bc.shape[2] // 2
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    last = A.new_empty(batch, channels, A.shape[1])
-    marks = A.new_empty(batch, -(-length // MARK), A.shape[1], channels) if mark else A.new_empty(0)
+    last = A.new_empty(batch, channels, states)
+    marks = A.new_empty(batch, -(-length // MARK), states, channels) if mark else A.new_empty(0)
     return y, last, torch.empty_like(last), marks
 
 

@@ -19,8 +19,8 @@ class Kernel:
 
     registers: int
     """Per thread, at most."""
-    wide: bool
-    """Two channels per lane where their states fit the registers."""
+    wide: int
+    """Channels per lane, where up to 16 states of each fit the registers."""
 
     @property
     def resident(self) -> int:
@@ -28,14 +28,20 @@ class Kernel:
         return REGISTER_FILE // (self.registers * LANES)
 
     def block_e(self, channels: int, states: int) -> int:
-        """Channels of a program."""
-        return LANES * (2 if self.wide and states <= 16 and channels > LANES else 1)
+        """Channels of a program: as many as leave the fewest lanes without one."""
+        width = LANES * (self.wide if states <= 16 else 1)
+        while width > LANES and -channels % width >= LANES:
+            width //= 2
+        return width
 
 
-FORWARD = Kernel(registers=128, wide=True)
+FORWARD = Kernel(registers=128, wide=2)
 """The passes with one tile of states."""
-GRADIENT = Kernel(registers=168, wide=False)
-"""The pass with all gradients, which keeps the states of several tokens."""
+FORWARD_TIED = Kernel(registers=128, wide=4)
+"""The same for one rate per channel: the registers that held the rates hold states."""
+GRADIENT = Kernel(registers=168, wide=1)
+"""The pass with all gradients, which keeps three tiles."""
+GRADIENT_TIED = Kernel(registers=160, wide=2)
 
 
 @dataclass(frozen=True, slots=True)

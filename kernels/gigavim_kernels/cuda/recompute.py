@@ -85,7 +85,7 @@ def add_branch(
     """
     d = branch.directions
     chunks = _chunks(stream.shape[1], chunk)
-    entries = d.A.new_zeros(len(chunks), len(d.reverse), len(stream), *d.A.shape[1:])
+    entries = d.A.new_zeros(len(chunks), len(d.reverse), len(stream), d.A.shape[1], d.states)
     forward, backward = _senses(d.reverse)
     if any(d.reverse):
         only = d.only(backward)

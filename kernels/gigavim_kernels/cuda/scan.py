@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gigavim_kernels.cuda import scan_kernels
 from gigavim_kernels.cuda.launch import on_device_of, options, reverse_bits
-from gigavim_kernels.cuda.plan import FORWARD, ScanPlan, multiprocessors, plan_scan
+from gigavim_kernels.cuda.plan import FORWARD, FORWARD_TIED, ScanPlan, multiprocessors, plan_scan
 
 COMBINE_CHANNELS = 128
 COMBINE_UNROLL = 8
@@ -58,13 +58,15 @@ def scan(
         x, dt: (S, B, L, E); z: (B, L, E), the gate of the sum. Any floating dtype, any strides as
             long as the last dimension is contiguous.
         bc: (S, B, L, 2 N), see `join`. N is a power of two, at least 2.
-        A: (S, E, N); D, dt_bias: (S, E); first: (S, B, E, N). Contiguous float32.
+        A: (S, E, N), or (S, E, 1), see `naive.spread_rates`; D, dt_bias: (S, E);
+            first: (S, B, E, N). Contiguous float32.
         reverse: for each direction, whether it scans from the last token to the first.
         chunk: tokens per chunk, chosen by size if absent; with marks rounded up to whole ones.
         mark: keep states for the gradients.
     """
     directions, batch, length, channels = x.shape
-    states = A.shape[-1]
+    states = bc.shape[-1] // 2
+    tied = is_tied(A, states)
     y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
     last = A.new_empty(directions, batch, channels, states)
     marks = [
@@ -75,7 +77,7 @@ def scan(
         last = last.zero_() if first is None else first.clone()
         return Scanned(y, last, torch.ones_like(last), marks)
     decay = torch.empty_like(last)
-    plan = _plan(x, states, chunk, MARK if mark else 1)
+    plan = _plan(x, states, tied, chunk, MARK if mark else 1)
     starts = None
     if plan.chunks > 1:
         starts = enter_chunks(x, dt, A, bc, dt_bias, first, last, decay, reverse, plan)
@@ -88,7 +90,7 @@ def scan(
                 length, plan.chunk, plan.chunks,
                 *x.stride()[1:3], *dt.stride()[1:3], *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
-                E=channels, N=states, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL,
+                E=channels, N=states, TIED=tied, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL,
                 MARK=MARK, ADD=i > 0, **options(1, registers=FORWARD.registers),
             )  # fmt: skip
     return Scanned(y, last, decay, marks)
@@ -106,10 +108,12 @@ def scan_states(
 ) -> Tensor:
     """Return the last states of `scan`, (S, B, E, N), without its outputs."""
     directions, batch, length, channels = x.shape
-    last = A.new_empty(directions, batch, channels, A.shape[-1])
+    states = bc.shape[-1] // 2
+    last = A.new_empty(directions, batch, channels, states)
     if last.numel() == 0 or length == 0:
         return last.zero_() if first is None else first.clone()
-    enter_chunks(x, dt, A, bc, dt_bias, first, last, None, reverse, _plan(x, A.shape[-1], None, 1))
+    plan = _plan(x, states, is_tied(A, states), None, 1)
+    enter_chunks(x, dt, A, bc, dt_bias, first, last, None, reverse, plan)
     return last
 
 
@@ -127,7 +131,7 @@ def enter_chunks(
 ) -> Tensor:
     """Return the states at which all chunks are entered (S, B, K, N, E); fill last and decay."""
     directions, batch, length, channels = x.shape
-    states = A.shape[-1]
+    states = bc.shape[-1] // 2
     ends = A.new_empty(directions, batch, plan.chunks, states, channels)
     sums = A.new_empty(directions, batch, plan.chunks, channels)
     with on_device_of(x):
@@ -135,8 +139,8 @@ def enter_chunks(
             x, dt, bc, A, dt_bias, ends, sums,
             length, batch, plan.chunk, plan.chunks, *x.stride()[:3], *dt.stride()[:3],
             reverse_bits(reverse),
-            E=channels, N=states, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL,
-            **options(1, registers=FORWARD.registers),
+            E=channels, N=states, TIED=is_tied(A, states), BE=plan.block_e,
+            STAGES=STAGES, UNROLL=UNROLL, **options(1, registers=FORWARD.registers),
         )  # fmt: skip
     combine(ends, sums, A, first, last, decay, reverse)
     return ends
@@ -157,11 +161,17 @@ def combine(
     with on_device_of(ends):
         scan_kernels.combine[(directions * batch * states * blocks,)](
             ends, sums, A, first, last, decay, batch, chunks, reverse_bits(reverse),
-            E=channels, N=states, BE=COMBINE_CHANNELS, U=COMBINE_UNROLL, **options(4),
+            E=channels, N=states, TIED=is_tied(A, states), BE=COMBINE_CHANNELS, U=COMBINE_UNROLL,
+            **options(4),
         )  # fmt: skip
 
 
-def _plan(x: Tensor, states: int, chunk: int | None, multiple: int) -> ScanPlan:
+def is_tied(A: Tensor, states: int) -> bool:
+    """Whether A (..., N or 1) holds one rate for all states of a channel."""
+    return A.shape[-1] == 1 and states > 1
+
+
+def _plan(x: Tensor, states: int, tied: bool, chunk: int | None, multiple: int) -> ScanPlan:
     _, batch, length, channels = x.shape
     return plan_scan(
         batch,
@@ -169,6 +179,7 @@ def _plan(x: Tensor, states: int, chunk: int | None, multiple: int) -> ScanPlan:
         channels,
         states,
         multiprocessors=multiprocessors(x.device),
+        kernel=FORWARD_TIED if tied else FORWARD,
         chunk=chunk,
         multiple=multiple,
     )

@@ -22,8 +22,10 @@ from gigavim_kernels.cuda.arithmetic import (
     LOG2_E,
     advance,
     channels,
+    decays,
     halves,
     lanes,
+    load_rates,
     load_states,
     sigmoid,
     softplus,
@@ -54,6 +56,7 @@ def chunk_ends(
     reverse: tl.tensor,
     E: tl.constexpr,
     N: tl.constexpr,
+    TIED: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -66,7 +69,7 @@ def chunk_ends(
     i_s = i_chunk // chunks // batch
     o_e = channels(i_e, E, BE)
     o_lane = lanes(i_e, E, BE)
-    a = load_states(p_a + i_s * E * N, o_lane * N, 1, N, BE) * LOG2_E
+    a = load_rates(p_a + i_s * E * (1 if TIED else N), o_lane, N, BE, TIED)
     bias = tl.load(p_bias + i_s * E + o_e) if p_bias is not None else 0.0
 
     start = i_k * chunk
@@ -84,7 +87,7 @@ def chunk_ends(
         dt = tl.load(p_dt + o_e).to(tl.float32)
         b, _c = halves(tl.load(p_bc + tl.arange(0, 2 * N)), N)
         delta = softplus(dt + bias)
-        h = advance(h, a, delta, x, b)
+        h = advance(h, a, delta, x, b, N, TIED)
         total += delta
         p_x += sense * s_xt
         p_dt += sense * s_dtt
@@ -106,6 +109,7 @@ def combine(
     reverse: tl.tensor,
     E: tl.constexpr,
     N: tl.constexpr,
+    TIED: tl.constexpr,
     BE: tl.constexpr,
     U: tl.constexpr,
 ) -> None:
@@ -117,7 +121,10 @@ def combine(
     o_e = i_e * BE + tl.arange(0, BE)
     m_e = o_e < E
     o_state = (i_sb * E + o_e) * N + i_n  # (S, B, E, N)
-    a = tl.load(p_a + (i_s * E + o_e) * N + i_n, mask=m_e, other=0.0) * LOG2_E
+    if TIED:
+        a = tl.load(p_a + i_s * E + o_e, mask=m_e, other=0.0) * LOG2_E * (i_n + 1)
+    else:
+        a = tl.load(p_a + (i_s * E + o_e) * N + i_n, mask=m_e, other=0.0) * LOG2_E
     h = tl.zeros([BE], tl.float32)
     if p_first is not None:
         h = tl.load(p_first + o_state, mask=m_e, other=0.0)
@@ -172,6 +179,7 @@ def chunk_outputs(
     reverse: tl.tensor,
     E: tl.constexpr,
     N: tl.constexpr,
+    TIED: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -199,7 +207,7 @@ def chunk_outputs(
     if p_marks is not None:
         p_marks += (i_b * tl.cdiv(length, MARK) + start // MARK) * N * E
 
-    a = load_states(p_a, o_lane * N, 1, N, BE) * LOG2_E
+    a = load_rates(p_a, o_lane, N, BE, TIED)
     bias = tl.load(p_bias + o_e) if p_bias is not None else 0.0
     skip = tl.load(p_d + o_e) if p_d is not None else 0.0
     total = tl.zeros([BE], tl.float32)
@@ -217,7 +225,7 @@ def chunk_outputs(
             o_mark = tl.full([], i // MARK, tl.int64) * N * E
             store_states(p_marks + o_mark, o_lane, E, h, N)
         delta = softplus(dt + bias)
-        h = advance(h, a, delta, x, b)
+        h = advance(h, a, delta, x, b, N, TIED)
         y = tl.sum(h * c[:, None], 0) + skip * x
         if ADD:
             y += tl.load(p_y + o_e).to(tl.float32)
@@ -235,4 +243,4 @@ def chunk_outputs(
     if p_starts is None:
         store_states(p_last + o_state, o_lane * N, 1, h, N)
         if p_decay is not None:
-            store_states(p_decay + o_state, o_lane * N, 1, tl.exp2(a * total[None, :]), N)
+            store_states(p_decay + o_state, o_lane * N, 1, decays(a, total, N, TIED), N)

@@ -47,6 +47,7 @@ def test_norm(device, length, width):
     torch.testing.assert_close(found, F.rms_norm(x, (width,), weight, 1e-5))
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["v2", "v1", "none", "layer_pairs"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2.5e-2)])
 @pytest.mark.parametrize(
@@ -69,10 +70,11 @@ def test_block_cut_in_chunks_meets_the_specification(
     length,
     d_model,
     cuts,
+    tied,
 ):
     from gigavim_kernels.cuda.block import CudaBlock
 
-    block = random_block(kind, d_model=d_model, states=8)
+    block = random_block(kind, d_model=d_model, states=8, tied=tied)
     stream = torch.randn(length, d_model)
     found = swept(CudaBlock(block, device=device, precision=precision), stream.to(device), cuts)
     added = specified_block(block, stream) - stream
@@ -95,6 +97,16 @@ def test_a_batch_is_so_many_sequences(
     CudaBlock(block, device=device, precision="fp32").apply(found)
     for got, before in zip(found.cpu(), streams):
         assert relative_error(got - before, specified_block(block, before) - before) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rates_in_the_ratio_are_found(random_block, tied):
+    from gigavim_kernels.cuda.directions import stack, tie_rates
+
+    block = random_block("v2", d_model=8, states=8, tied=tied)
+    found = stack(tie_rates(block.branches[0].directions))
+    assert found.A.shape == (2, 16, 1 if tied else 8)
+    assert found.states == 8
 
 
 def test_gpus_run_the_triton_kernels():

@@ -29,6 +29,7 @@ def specified(branch, stream, keep):
     return torch.stack([row + k * (f - row) for row, f, k in zip(stream, found, keep)])
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["v2", "v1", "none", "layer_pairs"])
 @pytest.mark.parametrize(
     ("batch", "length", "d_model", "chunk", "half"),
@@ -44,9 +45,12 @@ def specified(branch, stream, keep):
     ],
 )
 def test_stream_and_gradients_meet_the_specification(
-    random_block, relative_error, device, kind, batch, length, d_model, chunk, half
+    random_block, relative_error, device, kind, batch, length, d_model, chunk, half, tied
 ):
     branch = random_block(kind, d_model=d_model, states=8).branches[0]
+    if tied:
+        one_rate = tuple(replace(d, A=d.A[:, :1].contiguous()) for d in branch.directions)
+        branch = replace(branch, directions=one_rate)
     stream, weights = torch.randn(batch, length, d_model), torch.randn(batch, length, d_model)
     keep = torch.arange(1.0, batch + 1) / batch
     mine, found_in = selftest.leaves(branch, stream, device, torch.float32)
@@ -120,9 +124,10 @@ def test_autocast_around_it_changes_nothing(random_block, device):
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
-def test_the_check_of_a_machine_passes(device):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_check_of_a_machine_passes(device, tied):
     small = {} if device.type == "cuda" else {"d_model": 8, "states": 8, "length": 20}
-    assert selftest.check_branch(device, **small).ok
+    assert selftest.check_branch(device, **small, tied=tied).ok
 
 
 @pytest.mark.parametrize("kind", ["v2", "layer_pairs"])

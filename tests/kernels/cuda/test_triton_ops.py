@@ -23,6 +23,7 @@ def gradients(scan, given, weights, reverse):
     return results, {name: t.grad for name, t in leaves.items()}
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "states", "dtype"),
@@ -41,9 +42,11 @@ def gradients(scan, given, weights, reverse):
     ],
 )
 def test_results_and_gradients_meet_the_specification(
-    ops, random_scan, relative_error, device, batch, length, channels, states, dtype, reverse
+    ops, random_scan, relative_error, device, batch, length, channels, states, dtype, reverse, tied
 ):
     given = random_scan(batch, length, channels, states, torch.float32)
+    if tied:
+        given["A"] = given["A"][:, :1]
     given = {name: t.to(device) for name, t in given.items()}
     expected_in = {name: t.double() for name, t in given.items()}
     shapes = ((batch, length, channels), *[(batch, channels, states)] * 2)
@@ -57,8 +60,11 @@ def test_results_and_gradients_meet_the_specification(
         assert relative_error(found_grads[name], want) < 1e-5, name
 
 
-def test_half_precision_gradients(ops, random_scan, relative_error, device):
+@pytest.mark.parametrize("tied", [False, True])
+def test_half_precision_gradients(ops, random_scan, relative_error, device, tied):
     given = random_scan(1, 9, 6, 8, torch.float32)
+    if tied:
+        given["A"] = given["A"][:, :1]
     half = {
         name: t.to(device, torch.bfloat16 if name in ("x", "dt", "B", "C", "z") else None)
         for name, t in given.items()
@@ -73,9 +79,10 @@ def test_half_precision_gradients(ops, random_scan, relative_error, device):
         [w.bfloat16().double() for w in weights],
         False,
     )
+    limit = 5e-3 if device.type == "cuda" else 8e-3  # the interpreter cuts off in place of rounding
     for name, want in expected.items():
         assert found[name].dtype == half[name].dtype
-        assert relative_error(found[name], want) < 5e-3, name
+        assert relative_error(found[name], want) < limit, name
 
 
 def test_absent_arguments_get_no_gradient(ops, random_scan, relative_error, device):
@@ -102,8 +109,11 @@ def test_no_tokens(ops, random_scan, device):
 
 
 @pytest.mark.parametrize("optional", [True, False])
-def test_the_operator_keeps_torchs_contracts(ops, random_scan, device, optional):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_operator_keeps_torchs_contracts(ops, random_scan, device, tied, optional):
     given = {n: t.to(device) for n, t in random_scan(1, 4, 3, 8, torch.float32).items()}
+    if tied:
+        given["A"] = given["A"][:, :1].contiguous()
     given["bc"] = torch.cat((given["B"], given["C"]), -1)
     names = ("x", "dt", "A", "bc", "D", "z", "dt_bias", "state")
     args = [given[n].requires_grad_() if n in names[:4] or optional else None for n in names]
@@ -123,8 +133,11 @@ def test_compiling_does_not_break_the_graph(ops, random_scan, relative_error, de
 
 
 @gpu
-def test_two_runs_give_the_same_bits(ops, random_scan, device):
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_runs_give_the_same_bits(ops, random_scan, device, tied):
     given = {n: t.to(device) for n, t in random_scan(2, 3000, 96, 16, torch.float32).items()}
+    if tied:
+        given["A"] = given["A"][:, :1]
     weights = [torch.randn(2, 3000, 96, device=device)]
     (first, first_grads), (second, second_grads) = (
         gradients(ops.selective_scan, given, weights, False) for _ in range(2)

@@ -75,21 +75,29 @@ BOTH, FORWARD, REVERSE = (False, True), (False,), (True,)
         ),
     ],
 )
+@pytest.mark.parametrize("tied", [False, True])
 def test_float32_meets_the_specification(
-    scan, relative_error, device, batch, length, channels, states, reverse, chunk
+    scan, relative_error, device, batch, length, channels, states, reverse, chunk, tied
 ):
     given = draw(len(reverse), batch, length, channels, states, device)
+    if tied:
+        given["A"] = given["A"][..., :1].contiguous()
     found = scan(**given, reverse=reverse, chunk=chunk)
     for got, expected in zip(found[:3], specified(given, reverse)):
         assert relative_error(got, expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "length", [pytest.param(13, id="short"), pytest.param(4097, marks=gpu, id="long")]
 )
-def test_half_precision_rounds_only_what_it_stores(scan, relative_error, device, dtype, length):
+def test_half_precision_rounds_only_what_it_stores(
+    scan, relative_error, device, dtype, length, tied
+):
     given = draw(1, 2, length, 24, 8, device, dtype)
+    if tied:
+        given["A"] = given["A"][..., :1].contiguous()
     found = scan(**given, reverse=REVERSE, chunk=6 if length < 100 else None)
     assert found.y.dtype == dtype
     y, last, _ = specified(given, REVERSE)
@@ -156,13 +164,37 @@ def test_tiny_steps_keep_their_digits(scan, relative_error, device):
     assert relative_error(found.y, specified(given, FORWARD)[0]) < TOLERANCE[torch.float32]
 
 
-def test_the_plan_fills_the_chip_once():
-    from gigavim_kernels.cuda.plan import FORWARD, plan_scan
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tied_rates_are_rates_in_the_ratio(scan, relative_error, device, reverse):
+    """Decays close to one, of which a thousand steps make an error a thousand times larger."""
+    given = draw(1, 1, 40, 6, 16, device)
+    given["dt"] = given["dt"] - 8
+    given["A"] = given["A"][..., :1].contiguous()
+    tied = scan(**given, reverse=(reverse,), chunk=16)
+    given["A"] = naive.spread_rates(given["A"], 16)
+    spread = scan(**given, reverse=(reverse,), chunk=16)
+    for one, other in zip(tied[:3], spread[:3]):
+        assert relative_error(one, other) < 1e-6
 
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_plan_fills_the_chip_once(tied):
+    from gigavim_kernels.cuda.plan import FORWARD, FORWARD_TIED, plan_scan
+
+    kernel = FORWARD_TIED if tied else FORWARD
     for batch, length in ((1, 1_048_576), (32, 6_084), (1, 12_000_000), (2, 65_536)):
-        plan = plan_scan(batch, length, 384, 16, multiprocessors=132)
+        plan = plan_scan(batch, length, 384, 16, multiprocessors=132, kernel=kernel)
         programs = batch * plan.chunks * plan.blocks_e
-        assert 0.8 < programs / (132 * FORWARD.resident) <= 1
+        assert 0.8 < programs / (132 * kernel.resident) <= 1
         assert (plan.chunks - 1) * plan.chunk < length <= plan.chunks * plan.chunk
-    assert plan_scan(256, 6_084, 384, 16, multiprocessors=132).chunks == 1
+    many = plan_scan(512, 6_084, 384, 16, multiprocessors=132, kernel=kernel)
+    assert many.chunks == 1
     assert plan_scan(1, 1, 1, 8, multiprocessors=132).chunk == 1
+
+
+def test_a_program_takes_as_many_channels_as_are_there():
+    from gigavim_kernels.cuda.plan import FORWARD_TIED
+
+    widths = {384: 128, 128: 128, 192: 64, 96: 32, 100: 128, 33: 64, 5: 32}
+    assert {c: FORWARD_TIED.block_e(c, 16) for c in widths} == widths
+    assert FORWARD_TIED.block_e(384, 32) == 32
