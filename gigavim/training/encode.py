@@ -16,8 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gigavim.model.block import Block
-from gigavim.model.heads import Part
-from gigavim.model.heads import stitch
+from gigavim.model.heads import Part, stitch
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import OnStream, Vim
 from gigavim.model.windows import Window, windows

@@ -24,7 +24,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=["linear", "fpn"])
+@pytest.fixture(scope="module", params=["linear", "fpn", "upernet", "segmenter"])
 def deep(request, recipe):
     encoder = replace(recipe.model.encoder, depth=8)
     section = recipe.model.model_copy(update={"encoder": encoder, "head": request.param})
