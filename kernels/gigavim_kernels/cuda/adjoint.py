@@ -12,6 +12,7 @@ from gigavim_kernels.cuda.plan import (
     FORWARD_TIED,
     GRADIENT,
     GRADIENT_TIED,
+    LANES,
     multiprocessors,
     plan_scan,
 )
@@ -84,7 +85,11 @@ def scan_gradients(
     d_a = A.new_empty(batch, chunks, A.shape[1], channels)
     d_d, d_bias = (A.new_empty(batch, chunks, channels) for _ in range(2))
     programs = batch * chunks * blocks
-    scratch = A.new_empty(programs, MARK, states, width)
+    half = max(t.element_size() for t in (x, dt)) == 2 and width > LANES
+    scratch = torch.empty(
+        programs, MARK, states, width,
+        dtype=torch.bfloat16 if half else torch.float32, device=x.device,
+    )  # fmt: skip
     with on_device_of(x):
         adjoint_kernels.chunk_gradients[(programs,)](
             grad_y, x, z, dt, bc, A, D, dt_bias, marks, exits, each, scratch,

@@ -6,9 +6,10 @@ With l_t = dL/dh_t and g_t = dL/d(C_t . h_t) the adjoint recurrence runs against
 
 1. `chunk_adjoints`: every chunk from zero: what it adds to dL/dh at its entry.
 2. `scan_kernels.combine`, against the scan: dL/dh at the exit of every chunk.
-3. `chunk_gradients`: from the last mark of a chunk to the first: the states between two marks, one
-   of every U kept in a scratch tensor, which is small enough to stay in the second-level cache;
-   then groups of U tokens from the last to the first with all gradients.
+3. `chunk_gradients`: from the last mark of a chunk to the first: all states between two marks go to
+   a scratch tensor, small enough to stay in the second-level cache; then all gradients, token by
+   token from the last to the first. The scratch of rows of 16 bits is bfloat16 where its rows fill
+   four bytes a lane, the least that is copied ahead.
 
 Sums over tokens are kept per chunk and sums over channels per block of channels; the caller adds
 them up in a fixed order, so that two runs give the same bits. Names as in `scan_kernels`.
@@ -94,7 +95,7 @@ def chunk_adjoints(
     i_k = i_chunk % chunks
     i_b = i_chunk // chunks
     o_e = channels(i_e, E, BE)
-    o_lane = lanes(i_e, E, BE)
+    o_lane = o_e if TIED else lanes(i_e, E, BE)  # a tile of tied rates lies as its rows do
     a = load_rates(p_a, o_lane, N, BE, TIED)
     bias = tl.load(p_bias + o_e) if p_bias is not None else 0.0
 
@@ -140,7 +141,7 @@ def chunk_gradients(
     p_marks: tl.tensor,  # (B, tokens / MARK, N, E)
     p_exits: tl.tensor,  # (B, K, N, E), dL/dh at the exits of the chunks
     p_each: tl.tensor,  # (B, E), added to the gradient of every step, or None
-    p_scratch: tl.tensor,  # (programs, MARK / U, N, BE)
+    p_scratch: tl.tensor,  # (programs, MARK, N, BE)
     p_dx: tl.tensor,  # (B, L, E)
     p_ddt: tl.tensor,  # (B, L, E)
     p_dz: tl.tensor,  # (B, L, E) or None
@@ -175,7 +176,7 @@ def chunk_gradients(
     i_b = i_chunk // chunks
     lane = tl.arange(0, BE)
     o_e = channels(i_e, E, BE)
-    o_lane = lanes(i_e, E, BE)
+    o_lane = o_e if TIED else lanes(i_e, E, BE)  # a tile of tied rates lies as its rows do
     o_bc = tl.arange(0, 2 * N)
     o_sum = tl.arange(0, 32) * N // 32  # where sum_lanes leaves which sum
     m_sum = tl.arange(0, 32) % (32 // N) == 0

@@ -86,7 +86,8 @@ def store_states(
                 shorter = shorter + tl.split(tl.permute(pairs, (1, 2, 0)))
             parts = shorter
     for n in tl.static_range(N):
-        tl.store(p + n * stride + o_e, tl.reshape(parts[n], (tile.shape[1],)))
+        row = tl.reshape(parts[n], (tile.shape[1],))
+        tl.store(p + n * stride + o_e, row.to(p.dtype.element_ty))
 
 
 @triton.jit

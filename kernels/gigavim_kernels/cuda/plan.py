@@ -38,8 +38,8 @@ class Kernel:
 FORWARD = Kernel(registers=128, wide=2)
 """The passes with one tile of states."""
 FORWARD_TIED = Kernel(registers=128, wide=4)
-"""The same for one rate per channel: the registers that held the rates hold states."""
-GRADIENT = Kernel(registers=168, wide=1)
+"""Of one rate per channel, where no states are marked: what held the rates holds more states."""
+GRADIENT = Kernel(registers=128, wide=1)
 """The pass with all gradients, which keeps three tiles."""
 GRADIENT_TIED = Kernel(registers=160, wide=2)
 

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from gigavim_kernels.cuda import scan_kernels
 from gigavim_kernels.cuda.launch import on_device_of, options, reverse_bits
-from gigavim_kernels.cuda.plan import FORWARD, FORWARD_TIED, ScanPlan, multiprocessors, plan_scan
+from gigavim_kernels.cuda.plan import (
+    FORWARD,
+    FORWARD_TIED,
+    Kernel,
+    ScanPlan,
+    multiprocessors,
+    plan_scan,
+)
 
 COMBINE_CHANNELS = 128
 COMBINE_UNROLL = 8
@@ -16,8 +23,9 @@ STAGES = 4
 """Tokens on their way to shared memory while one is computed, and that one."""
 UNROLL = 2
 """Tokens whose exponentials are evaluated side by side."""
-MARK = 32
-"""Tokens between two states kept for the gradients: 768 bytes a token and direction for Vim-Ti."""
+MARK = 8
+"""Tokens between two states kept for the gradients: 3 KB a token and direction for Vim-Ti. What is
+computed again between two of them should stay in the second-level cache."""
 
 
 class Scanned(NamedTuple):
@@ -77,7 +85,8 @@ def scan(
         last = last.zero_() if first is None else first.clone()
         return Scanned(y, last, torch.ones_like(last), marks)
     decay = torch.empty_like(last)
-    plan = _plan(x, states, tied, chunk, MARK if mark else 1)
+    kernel = FORWARD_TIED if tied and not mark else FORWARD
+    plan = _plan(x, states, kernel, chunk, MARK if mark else 1)
     starts = None
     if plan.chunks > 1:
         starts = enter_chunks(x, dt, A, bc, dt_bias, first, last, decay, reverse, plan)
@@ -90,8 +99,9 @@ def scan(
                 length, plan.chunk, plan.chunks,
                 *x.stride()[1:3], *dt.stride()[1:3], *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
-                E=channels, N=states, TIED=tied, BE=plan.block_e, STAGES=STAGES, UNROLL=UNROLL,
-                MARK=MARK, ADD=i > 0, **options(1, registers=FORWARD.registers),
+                E=channels, N=states, TIED=tied, BE=plan.block_e,
+                STAGES=STAGES, UNROLL=1 if mark else UNROLL, MARK=MARK, ADD=i > 0,
+                **options(1, registers=FORWARD.registers),
             )  # fmt: skip
     return Scanned(y, last, decay, marks)
 
@@ -112,7 +122,7 @@ def scan_states(
     last = A.new_empty(directions, batch, channels, states)
     if last.numel() == 0 or length == 0:
         return last.zero_() if first is None else first.clone()
-    plan = _plan(x, states, is_tied(A, states), None, 1)
+    plan = _plan(x, states, FORWARD_TIED if is_tied(A, states) else FORWARD, None, 1)
     enter_chunks(x, dt, A, bc, dt_bias, first, last, None, reverse, plan)
     return last
 
@@ -171,7 +181,7 @@ def is_tied(A: Tensor, states: int) -> bool:
     return A.shape[-1] == 1 and states > 1
 
 
-def _plan(x: Tensor, states: int, tied: bool, chunk: int | None, multiple: int) -> ScanPlan:
+def _plan(x: Tensor, states: int, kernel: Kernel, chunk: int | None, multiple: int) -> ScanPlan:
     _, batch, length, channels = x.shape
     return plan_scan(
         batch,
@@ -179,7 +189,7 @@ def _plan(x: Tensor, states: int, tied: bool, chunk: int | None, multiple: int) 
         channels,
         states,
         multiprocessors=multiprocessors(x.device),
-        kernel=FORWARD_TIED if tied else FORWARD,
+        kernel=kernel,
         chunk=chunk,
         multiple=multiple,
     )

@@ -68,7 +68,7 @@ def chunk_ends(
     i_b = i_chunk // chunks % batch
     i_s = i_chunk // chunks // batch
     o_e = channels(i_e, E, BE)
-    o_lane = lanes(i_e, E, BE)
+    o_lane = o_e if TIED else lanes(i_e, E, BE)  # a tile of tied rates lies as its rows do
     a = load_rates(p_a + i_s * E * (1 if TIED else N), o_lane, N, BE, TIED)
     bias = tl.load(p_bias + i_s * E + o_e) if p_bias is not None else 0.0
 
@@ -192,7 +192,7 @@ def chunk_outputs(
     i_k = i_chunk % chunks
     i_b = i_chunk // chunks
     o_e = channels(i_e, E, BE)
-    o_lane = lanes(i_e, E, BE)
+    o_lane = o_e if TIED else lanes(i_e, E, BE)  # a tile of tied rates lies as its rows do
     o_state = i_b * E * N
     start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
