@@ -205,6 +205,7 @@ class Run:
             recipe.mean,
             recipe.std,
             half=half,
+            tied=self._tied,
             chunk=self.budget.validation_chunk,
         )
 

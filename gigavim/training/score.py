@@ -53,6 +53,8 @@ class Predictor:
     std: Sequence[float]
     half: bool = False
     """Multiply in bfloat16."""
+    tied: bool = False
+    """Take the decay rates of a channel's states as tied, see `encode`."""
     chunk: int | None = None
     """Tokens of a layer at once on GPUs; None: the kernel's own choice."""
     window_px: int | None = None
@@ -100,7 +102,7 @@ class Predictor:
         """Mirror images to whole blocks, encode them: (n, rows, cols, features) float32."""
         look = Look(self.order, self.mean, self.std, every_cell=self.window_px is not None)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
-            run = partial(encode, self.model.encoder, chunk=self.chunk)
+            run = partial(encode, self.model.encoder, chunk=self.chunk, tied=self.tied)
             found = look.features(self.model, images, run)
         return found.grid.float()
 

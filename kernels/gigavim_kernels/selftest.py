@@ -108,14 +108,15 @@ def check_branch(
     stream, weights = torch.randn(2, length, d_model)
     found, mine = leaves(block.branches[0], stream, device, torch.float32)
     expected, theirs = leaves(block.branches[0], stream, torch.device("cpu"), torch.float64)
-    with exact_products():
+    with exact_products(), torch.enable_grad():
         sums = vim_branch(
             mine["stream"][None], found.norm_weight, found.norm_eps, found.in_proj,
             found.out_proj * found.scale, stack(found.directions), chunk=length * 2 // 5,
         )  # fmt: skip
         torch.autograd.backward((sums * weights.to(device)).sum())
-    plain = naive.vim_block(replace(block, branches=(expected,)), theirs["stream"])
-    torch.autograd.backward((plain * weights).sum())
+    with torch.enable_grad():
+        plain = naive.vim_block(replace(block, branches=(expected,)), theirs["stream"])
+        torch.autograd.backward((plain * weights).sum())
     worst = 0.0
     for name, leaf in mine.items():
         one, other = leaf.grad, theirs[name].grad

@@ -19,7 +19,7 @@ from gigavim_kernels.cuda.plan import (
 from gigavim_kernels.cuda.scan import MARK, STAGES, UNROLL, combine, is_tied
 from gigavim_kernels.naive import spread_rates
 
-GRADIENT_STAGES = 3
+GRADIENT_STAGES = 4
 """As `scan.STAGES`, of the pass with all gradients."""
 
 

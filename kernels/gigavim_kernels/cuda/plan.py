@@ -39,7 +39,7 @@ FORWARD = Kernel(registers=128, wide=2)
 """The passes with one tile of states."""
 FORWARD_TIED = Kernel(registers=128, wide=4)
 """Of one rate per channel, where no states are marked: what held the rates holds more states."""
-GRADIENT = Kernel(registers=128, wide=1)
+GRADIENT = Kernel(registers=168, wide=1)
 """The pass with all gradients, which keeps three tiles."""
 GRADIENT_TIED = Kernel(registers=160, wide=2)
 
