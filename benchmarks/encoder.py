@@ -3,11 +3,14 @@
 Vim-Ti through our kernels beside DeiT-Ti of timm with fused attention (what torch chooses:
 FlashAttention on recent GPUs) and with plain attention, bfloat16, images a second and peak memory
 above weights and input, at the sizes of the paper's first figure; then Vim-Ti over one long
-sequence. Medians between device events. On a CPU, `--quick` runs all of it at toy sizes: a test of
+sequence. Vim-Ti comes twice: with decay rates in the ratio that they are initialised with, which
+our models keep ("tied"), and with rates that have left it, as published weights have ("free").
+Medians between device events. On a CPU, `--quick` runs all of it at toy sizes: a test of
 this script.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kernels import machine, median_seconds, table
+from benchmarks.kernels import machine, median_seconds, table, vim_tiny
 from gigavim.engine.images import ImageEncoder
 from gigavim.engine.sequence import TokenSequence
 from gigavim.engine.sweep import sweep_block
-from gigavim.model.registry import REGISTRY
-from gigavim.model.vim import Vim
 from gigavim_kernels.backends import prepare_block
 from gigavim_kernels.block import BlockKernel
 
@@ -36,9 +37,9 @@ MOST_PLAIN_PX = 2048
 Run = Callable[[Tensor], object]
 
 
-def vim(device: torch.device) -> Run:
+def vim(device: torch.device, *, tied: bool) -> Run:
     """Vim-Ti's tokens and blocks: what the peers' `forward_features` does."""
-    model = Vim(REGISTRY["vim-tiny"]).eval().to(device)
+    model = vim_tiny(tied=tied).to(device)
     encoder = ImageEncoder(model, device=device, precision="bf16")
 
     def run(images: Tensor) -> Tensor:
@@ -89,11 +90,12 @@ def compare(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Iterato
     for side_px, batch in sizes:
         images = torch.randn(batch, 3, side_px, side_px, device=device)
         peers: dict[str, Run | None] = {
-            "Vim-Ti": vim(device),
+            "Vim-Ti tied": vim(device, tied=True),
+            "Vim-Ti free": vim(device, tied=False),
             "DeiT-Ti fused": deit(device, side_px, fused=True),
             "DeiT-Ti plain": deit(device, side_px, fused=False),
         }
-        ours = 0.0
+        ours: list[float] = []
         for name, run in peers.items():
             row: dict[str, Any] = {"image": f"{side_px} px x {batch}", "encoder": name}
             if run is None:
@@ -103,20 +105,26 @@ def compare(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Iterato
                 yield {**row, "note": "left out: more memory than there is"}
                 continue
             row |= measured(run, images)
-            ours = ours or row["images/s"]
-            yield row | {"Vim / this": ours / row["images/s"]}
+            if name.startswith("Vim"):
+                ours.append(row["images/s"])
+            tied, free = ours[0], ours[-1]
+            yield row | {
+                "tied / this": tied / row["images/s"],
+                "free / this": free / row["images/s"],
+            }
 
 
 def long_sequences(lengths: tuple[int, ...], device: torch.device) -> Iterator[dict[str, Any]]:
     """Vim-Ti over one sequence, swept in chunks as a slide is; the stream counts as memory."""
-    model = Vim(REGISTRY["vim-tiny"]).eval()
-    kernels = [
-        prepare_block(block, device=device, precision="bf16") for block in model.block_weights()
-    ]
-    for length in lengths:
+    for tied, length in itertools.product((True, False), lengths):
+        model = vim_tiny(tied=tied)
+        kernels = [
+            prepare_block(block, device=device, precision="bf16") for block in model.block_weights()
+        ]
         for chunk in (kernels[0].chunk, length) if length > kernels[0].chunk else (length,):
             found = _swept(kernels, length, model.config.d_model, chunk, device)
             yield {
+                "rates": "tied" if tied else "free",
                 "tokens": length,
                 "chunk": chunk,
                 "ns per token and block": found["seconds"] / length / len(kernels) * 1e9,

@@ -10,6 +10,7 @@ in Triton's interpreter: a test of this script, not of speed.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -74,7 +75,10 @@ def median_seconds(work: Callable[[], object]) -> float:
 def scan_arguments(
     batch: int, length: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """Inputs as a trained Vim has them: steps around 0.01 to 0.3, decays from none to total."""
+    """Inputs as a trained Vim has them: steps around 0.01 to 0.3, decays from none to total.
+
+    The rates are in the ratio that the first of them may stand for; given whole, that is not used.
+    """
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -119,6 +123,7 @@ def channels_first(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def time_scans(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     rows: dict[str, tuple[Scan | None, int]] = {
+        "gigavim, tied rates": (ops.selective_scan, 1 << 60),
         "gigavim": (ops.selective_scan, 1 << 60),
         "plain torch": (chunked.selective_scan, sizes.torch_limit),
         "mamba-ssm": (peer_scan(), 1 << 60),
@@ -132,6 +137,8 @@ def time_scans(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
                 yield {**row, "note": "not installed" if run is None else "left out: too slow"}
                 continue
             inputs = channels_first(given) if name == "mamba-ssm" else given
+            if "tied" in name:
+                inputs = given | {"A": given["A"][:, :1].contiguous()}
             forward = median_seconds(lambda run=run, inputs=inputs: run(**inputs))
             leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
             both = median_seconds(lambda run=run, leaves=leaves: forward_backward(run, leaves))
@@ -163,11 +170,20 @@ def time_chunks(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def vim_tiny(*, tied: bool) -> Vim:
+    """Vim-Ti of random weights; if not tied, the decay rates of every state go their own way."""
+    model = Vim(REGISTRY["vim-tiny"]).eval()
+    if not tied:
+        for name, parameter in model.named_parameters():
+            if name.endswith("_log"):
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
 def time_block(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     """One block of Vim-Ti over one long sequence, by a sweep and in a single chunk."""
-    torch.manual_seed(0)
-    block = Vim(REGISTRY["vim-tiny"]).block_weights()[0]
-    for precision in ("bf16", "fp32"):
+    for tied, precision in itertools.product((True, False), ("bf16", "fp32")):
+        block = vim_tiny(tied=tied).block_weights()[0]
         kernel = prepare_block(block, device=device, precision=precision)
         for chunk in (kernel.chunk, sizes.long):
             if torch.cuda.is_available():
@@ -187,7 +203,8 @@ def time_block(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
                 ]
                 peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             yield {
-                "what": f"Vim-Ti block, {precision}, chunk {chunk:,}",
+                "what": f"Vim-Ti block, {'tied' if tied else 'free'} rates, {precision}, "
+                f"chunk {chunk:,}",
                 "ns per token": statistics.median(taken[1:] or taken) / sizes.long * 1e9,
                 "bytes per token": (peak - before) / sizes.long,
             }

@@ -234,7 +234,7 @@ def measure(
     if isinstance(model, SegmentationModel):
         labeller = score.Predictor(
             model, recipe.model.scan_order, recipe.model.mean, recipe.model.std,
-            half=atlas.device.type == "cuda",
+            half=atlas.device.type == "cuda", tied=recipe.model.tied_rates,
         )  # fmt: skip
     found = score.predict_all(labeller, shown)
     pairs = zip(found, shown, strict=True)
