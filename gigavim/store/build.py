@@ -99,9 +99,10 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> Non
     with (
         torch.inference_mode(),
         progress.stage("decode", len(job.selection), "tokens") as advance,
+        Crew(1) as crew,  # one thread: strips stay in order
     ):
         for strip in decoded(job, run):
-            labels.write_rows(strip.y, strip.labels)
+            crew.do(labels.write_rows, strip.y, strip.labels)
             advance(strip.tokens)
     labels.flush()
     coverage = np.where(job.selection.index >= 0, Coverage.PREDICTED, Coverage.SKIPPED)

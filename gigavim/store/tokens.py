@@ -1,6 +1,6 @@
 """Embeddings from the swept sequence into a store, a shard at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from gigavim.store import layout
 from gigavim.store.crew import Crew
 from gigavim.tokens.grid import Index, TokenGrid, TokenSelection
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048
 Advance = Callable[[float], object]
 
 
@@ -70,34 +70,40 @@ class TokenWriter:
         """
         classes = self._classes if self._probabilities is not None else None
         made = layout.create_tokens(self.root, self.arrays, classes=classes)
-        total = np.zeros(self.arrays.width)
-        for start in range(0, self.arrays.tokens, self.arrays.shard):
+        shards = -(-self.arrays.tokens // self.arrays.shard)
+        sums = np.zeros((shards, self.arrays.width))
+        for number in range(shards):
+            start = number * self.arrays.shard
             rows = slice(start, min(start + self.arrays.shard, self.arrays.tokens))
-            embeddings, shares = self._shard(rows, total)
-            self.crew.do(put, made["embeddings"], rows, embeddings)
-            if shares is not None:
-                self.crew.do(put, made["probabilities"], rows, shares)
-            self.crew.do(self._put_places, made, rows)
+            if self._probabilities is not None:
+                self.crew.do(put, made["probabilities"], rows, self._shares(rows))
+            self.crew.do(self._put_shard, made, rows, sums[number])
             advance(rows.stop - start)
-        self._write_slide(total / max(self.arrays.tokens, 1))
+        self.crew.wait()
+        self._write_slide(sums.sum(0) / max(self.arrays.tokens, 1))
 
-    def _shard(
-        self, rows: slice, total: npt.NDArray[np.float64]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """Embeddings and probabilities of a shard; adds the sum of the former to `total` (D,)."""
-        count = rows.stop - rows.start
-        embeddings = np.empty((count, self.arrays.width), self.dtype)
-        shares = np.empty((count, self._classes), np.float16) if self._probabilities else None
-        for first in range(0, count, BATCH_TOKENS):
-            batch = slice(first, min(first + BATCH_TOKENS, count))
-            tokens = self._between(rows.start + batch.start, rows.start + batch.stop)
-            embeddings[batch] = as_stored(tokens, self.dtype)
+    @torch.inference_mode()
+    def _put_shard(
+        self, made: dict[str, "zarr.Array[Any]"], rows: slice, total: npt.NDArray[np.float64]
+    ) -> None:
+        """Write the embeddings and places of a shard; adds the sum of the former to `total`."""
+        embeddings = np.empty((rows.stop - rows.start, self.arrays.width), self.dtype)
+        for batch in _batches(rows):
+            tokens = self._between(batch.start, batch.stop)
+            place = slice(batch.start - rows.start, batch.stop - rows.start)
+            embeddings[place] = as_stored(tokens, self.dtype)
             total += tokens.sum(0).double().cpu().numpy()
-            if self._probabilities is not None and shares is not None:
-                first = rows.start + batch.start
-                found = self._probabilities(first, rows.start + batch.stop)
-                shares[batch] = found.cpu().numpy()
-        return embeddings, shares
+        put(made["embeddings"], rows, embeddings)
+        self._put_places(made, rows)
+
+    def _shares(self, rows: slice) -> npt.NDArray[np.float16]:
+        """The classes' shares of a shard's patches, (n, classes)."""
+        assert self._probabilities is not None
+        shares = np.empty((rows.stop - rows.start, self._classes), np.float16)
+        for batch in _batches(rows):
+            found = self._probabilities(batch.start, batch.stop)
+            shares[batch.start - rows.start : batch.stop - rows.start] = found.cpu().numpy()
+        return shares
 
     def _between(self, first: int, last: int) -> Tensor:
         """(last - first, D) neighbouring patches: a view where no class token lies among them."""
@@ -152,6 +158,12 @@ def as_stored(tokens: Tensor, dtype: layout.EmbeddingType) -> npt.NDArray[np.flo
             " model's embeddings with --embedding-dtype float32"
         )
     return tokens.half().cpu().numpy()
+
+
+def _batches(rows: slice) -> Iterator[slice]:
+    """Parts of a shard that stay in a core's cache."""
+    for start in range(rows.start, rows.stop, BATCH_TOKENS):
+        yield slice(start, min(start + BATCH_TOKENS, rows.stop))
 
 
 def put(array: "zarr.Array[Any]", where: Any, values: npt.NDArray[Any]) -> None:
