@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 
+from gigavim.outputs.arrays import ArrayWriter
 from gigavim.outputs.atomic import explained
 
 CHUNK_HW = (256, 2048)
@@ -59,6 +60,7 @@ class LabelStore:
         self._coverage = _array(group, "coverage")
         self.cell_px: int = int(self._coverage.attrs["cell_px"])  # type: ignore[arg-type]
         """Side of a coverage cell, in map pixels."""
+        self._writers: dict[str, ArrayWriter] = {}
         self._pending: list[np.ndarray] = []
         self._pending_y = 0
         """Row of the map at which the pending strips begin."""
@@ -191,7 +193,10 @@ class LabelStore:
         height, width = window.shape
         _check_window(array.shape, y, y + height, x, x + width)
         with explained(self.folder):
-            array[y : y + height, x : x + width] = window
+            if array.name not in self._writers:
+                self._writers[array.name] = ArrayWriter(array)
+            writer = self._writers[array.name]
+            writer.write((slice(y, y + height), slice(x, x + width)), window)
 
 
 def windows(height: int, width: int, *, side_px: int) -> Iterator[tuple[int, int, int, int]]:

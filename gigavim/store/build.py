@@ -16,6 +16,7 @@ from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probab
 from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
+from gigavim.outputs.arrays import write_array
 from gigavim.outputs.atomic import explained
 from gigavim.outputs.labels import CHUNK_HW, Coverage, LabelStore
 from gigavim.pipeline import Job, Stopwatch, Swept
@@ -127,10 +128,11 @@ def _write_pictures(
     root: zarr.Group, tissue: npt.NDArray[np.bool_], picture: npt.NDArray[np.uint8] | None
 ) -> None:
     mask = tissue.astype(np.uint8)
-    layout.create_plain(root, "tissue", mask.shape, "uint8", ("y", "x"))[...] = mask
+    write_array(layout.create_plain(root, "tissue", mask.shape, "uint8", ("y", "x")), mask)
     if picture is not None:
         names = ("y", "x", "rgb")
-        layout.create_plain(root, "thumbnail", picture.shape, "uint8", names)[...] = picture
+        array = layout.create_plain(root, "thumbnail", picture.shape, "uint8", names)
+        write_array(array, picture)
 
 
 def _write_embeddings(

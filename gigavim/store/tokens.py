@@ -13,6 +13,7 @@ from gigavim.engine.sequence import TokenSequence
 from gigavim.errors import OutputError
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.sequence import class_slots, patch_slots
+from gigavim.outputs.arrays import ArrayWriter, write_array
 from gigavim.store import layout
 from gigavim.store.crew import Crew
 from gigavim.tokens.grid import Index, TokenGrid, TokenSelection
@@ -69,14 +70,15 @@ class TokenWriter:
             OutputError: a number does not fit float16.
         """
         classes = self._classes if self._probabilities is not None else None
-        made = layout.create_tokens(self.root, self.arrays, classes=classes)
+        created = layout.create_tokens(self.root, self.arrays, classes=classes)
+        made = {name: ArrayWriter(array) for name, array in created.items()}
         shards = -(-self.arrays.tokens // self.arrays.shard)
         sums = np.zeros((shards, self.arrays.width))
         for number in range(shards):
             start = number * self.arrays.shard
             rows = slice(start, min(start + self.arrays.shard, self.arrays.tokens))
             if self._probabilities is not None:
-                self.crew.do(put, made["probabilities"], rows, self._shares(rows))
+                self.crew.do(made["probabilities"].write, rows, self._shares(rows))
             self.crew.do(self._put_shard, made, rows, sums[number])
             advance(rows.stop - start)
         self.crew.wait()
@@ -84,7 +86,7 @@ class TokenWriter:
 
     @torch.inference_mode()
     def _put_shard(
-        self, made: dict[str, "zarr.Array[Any]"], rows: slice, total: npt.NDArray[np.float64]
+        self, made: dict[str, ArrayWriter], rows: slice, total: npt.NDArray[np.float64]
     ) -> None:
         """Write the embeddings and places of a shard; adds the sum of the former to `total`."""
         embeddings = np.empty((rows.stop - rows.start, self.arrays.width), self.dtype)
@@ -93,7 +95,7 @@ class TokenWriter:
             place = slice(batch.start - rows.start, batch.stop - rows.start)
             embeddings[place] = as_stored(tokens, self.dtype)
             total += tokens.sum(0).double().cpu().numpy()
-        put(made["embeddings"], rows, embeddings)
+        made["embeddings"].write(rows, embeddings)
         self._put_places(made, rows)
 
     def _shares(self, rows: slice) -> npt.NDArray[np.float16]:
@@ -114,15 +116,15 @@ class TokenWriter:
             return rows
         return self._sequence.gather(self.slots(torch.arange(first, last)))
 
-    def _put_places(self, made: dict[str, "zarr.Array[Any]"], rows: slice) -> None:
+    def _put_places(self, made: dict[str, ArrayWriter], rows: slice) -> None:
         row, col = np.divmod(self.selection.cells[rows], self.grid.cols)
-        put(made["row_col"], rows, np.stack([row, col], 1).astype(np.int32))
+        made["row_col"].write(rows, np.stack([row, col], 1).astype(np.int32))
         frame, stride = self.grid.frame, self.grid.stride_px
         xy = np.stack([
             frame.x_level0 + col * (stride * frame.scale_x),
             frame.y_level0 + row * (stride * frame.scale_y),
         ], 1)  # fmt: skip
-        put(made["xy_level0"], rows, xy)
+        made["xy_level0"].write(rows, xy)
 
     def _write_slide(self, mean: npt.NDArray[np.float64]) -> None:
         group = self.root.create_group("slide")
@@ -140,7 +142,7 @@ def write_index(root: zarr.Group, index: Index) -> None:
     array = layout.create_plain(
         root, "index", index.shape, str(index.dtype), ("row", "col"), fill_value=-1
     )
-    array[...] = index
+    write_array(array, index)
 
 
 def as_stored(tokens: Tensor, dtype: layout.EmbeddingType) -> npt.NDArray[np.floating[Any]]:
@@ -164,8 +166,3 @@ def _batches(rows: slice) -> Iterator[slice]:
     """Parts of a shard that stay in a core's cache."""
     for start in range(rows.start, rows.stop, BATCH_TOKENS):
         yield slice(start, min(start + BATCH_TOKENS, rows.stop))
-
-
-def put(array: "zarr.Array[Any]", where: Any, values: npt.NDArray[Any]) -> None:
-    """Write a region of an array."""
-    array[where] = values

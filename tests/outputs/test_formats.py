@@ -152,6 +152,44 @@ def test_ome_zarr(convert, version):
     assert np.array_equal(ours.read_level(0, 0, 0, 361, 239), image[:].transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ome_zarr_is_valid_as_a_whole(convert, version):
+    """Groups, arrays, axes, data types and label references, as ome-zarr-models knows them."""
+    models = pytest.importorskip("ome_zarr_models")
+    folder = convert("ome-zarr", ngff=version)["ome-zarr"]
+    kind = getattr(models, f"v{version.replace('.', '')}")
+    root = zarr.open_group(folder, mode="r")
+    image = models.open_ome_zarr(root)
+    assert isinstance(image, kind.Image)
+    assert image.ome_zarr_version == version
+    labels = image.labels
+    assert isinstance(labels, kind.Labels)
+    assert isinstance(models.open_ome_zarr(root["labels"]), kind.Labels)
+    label = models.open_ome_zarr(root["labels/segmentation"])
+    assert isinstance(label, kind.ImageLabel)
+    for group, node in ((image, root), (label, root["labels/segmentation"])):
+        (multiscale,) = (
+            group.attributes if version == "0.4" else group.attributes.ome
+        ).multiscales
+        for dataset in multiscale.datasets:
+            described = group.members[dataset.path]
+            assert described.shape == node[dataset.path].shape
+            assert len(described.shape) == len(multiscale.axes)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ome_zarr_opens_in_ome_zarr_py(convert, version):
+    reader = pytest.importorskip("ome_zarr.reader", reason="ome-zarr is not installed")
+    from ome_zarr.io import parse_url
+
+    folder = convert("ome-zarr", ngff=version)["ome-zarr"]
+    nodes = list(reader.Reader(parse_url(str(folder)))())
+    found = {Path(node.zarr.path()).name: np.asarray(node.data[0]) for node in nodes if node.data}
+    assert found[folder.name].shape == (3, 239, 361)
+    assert_at_box(box_of(found["segmentation"] == 1) * SCALE)
+    assert_at_box(box_of(found[folder.name].mean(0) < 150) * SCALE)
+
+
 def test_levels_of_ome_zarr_agree(model, tmp_path):
     height, width = 1500, 2303
     pixels = np.full((height, width, 3), 240, np.uint8)
