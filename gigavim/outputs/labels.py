@@ -82,16 +82,14 @@ class LabelStore:
             height: rows of the map. width: its columns.
             cell_px: side of a coverage cell in map pixels (the stride of the tokens).
             cells_hw: (rows, columns) of coverage cells; they may reach over the map.
-            lasting: pack more densely, into few files.
+            lasting: into few files.
 
         Raises:
             OutputError: the disk refuses.
         """
         folder = Path(folder)
         # Shuffled bits of few classes are nearly constant: lz4 then packs at memory speed.
-        codec = BloscCodec(
-            cname="zstd" if lasting else "lz4", clevel=5, shuffle=BloscShuffle.bitshuffle
-        )
+        codec = BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle)
         common: dict[str, Any] = {"dtype": "uint8", "fill_value": 0, "compressors": codec}
         with explained(folder):
             if folder.exists():

@@ -17,7 +17,7 @@ from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
 from gigavim.outputs.arrays import write_array
-from gigavim.outputs.atomic import explained
+from gigavim.outputs.atomic import explained, sync_tree
 from gigavim.outputs.labels import CHUNK_HW, Coverage, LabelStore
 from gigavim.pipeline import Job, Stopwatch, Swept
 from gigavim.progress import Progress
@@ -55,15 +55,17 @@ def build_store(
     Raises:
         OutputError: the disk refuses, or an embedding does not fit float16.
     """
-    with explained(folder):
+    with explained(folder), Crew(1) as disk:
         root = zarr.create_group(folder, overwrite=True)
         pools: tuple[int, ...] = ()
         with watch.stage("decode"):
             _write_labels(folder / "map", job, run, progress)
+        disk.do(sync_tree, folder / "map")  # the disk works while more is made
         with watch.stage("store"):
             _write_pictures(root, job.tissue.mask, run.picture)
             if content.embeddings:
                 pools = _write_embeddings(root, job, run, content, progress)
+                disk.do(sync_tree, folder / "tokens")
         layout.write_info(root, _info(job, settings, run, content, pools, watch))
     return EmbeddingStore.open(folder)
 
@@ -100,10 +102,9 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> Non
     with (
         torch.inference_mode(),
         progress.stage("decode", len(job.selection), "tokens") as advance,
-        Crew(1) as crew,  # one thread: strips stay in order
     ):
         for strip in decoded(job, run):
-            crew.do(labels.write_rows, strip.y, strip.labels)
+            labels.write_rows(strip.y, strip.labels)
             advance(strip.tokens)
     labels.flush()
     coverage = np.where(job.selection.index >= 0, Coverage.PREDICTED, Coverage.SKIPPED)
@@ -166,6 +167,7 @@ def _write_embeddings(
         writer.write(lambda tokens: advance(tokens * share))
         if pools:
             write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)))
+        writer.finish()
     return pools
 
 

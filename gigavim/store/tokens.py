@@ -54,6 +54,8 @@ class TokenWriter:
         self._probabilities = probabilities
         self._classes = model.head.classes
         self.crew = crew
+        self._sums = np.zeros((0, self.arrays.width))
+        """(shards, D) sums of embeddings."""
 
     def slots(self, places: Tensor) -> Tensor:
         """(n,) int64 places among the patches -> places in the sequence."""
@@ -64,7 +66,7 @@ class TokenWriter:
         return self._sequence.means(self.slots(places), starts)
 
     def write(self, advance: Advance) -> None:
-        """Write the token arrays shard by shard, then the embeddings of the whole slide.
+        """Have the crew write the token arrays, shard by shard.
 
         Raises:
             OutputError: a number does not fit float16.
@@ -73,16 +75,14 @@ class TokenWriter:
         created = layout.create_tokens(self.root, self.arrays, classes=classes)
         made = {name: ArrayWriter(array) for name, array in created.items()}
         shards = -(-self.arrays.tokens // self.arrays.shard)
-        sums = np.zeros((shards, self.arrays.width))
+        self._sums = np.zeros((shards, self.arrays.width))
         for number in range(shards):
             start = number * self.arrays.shard
             rows = slice(start, min(start + self.arrays.shard, self.arrays.tokens))
             if self._probabilities is not None:
                 self.crew.do(made["probabilities"].write, rows, self._shares(rows))
-            self.crew.do(self._put_shard, made, rows, sums[number])
+            self.crew.do(self._put_shard, made, rows, self._sums[number])
             advance(rows.stop - start)
-        self.crew.wait()
-        self._write_slide(sums.sum(0) / max(self.arrays.tokens, 1))
 
     @torch.inference_mode()
     def _put_shard(
@@ -126,15 +126,18 @@ class TokenWriter:
         ], 1)  # fmt: skip
         made["xy_level0"].write(rows, xy)
 
-    def _write_slide(self, mean: npt.NDArray[np.float64]) -> None:
+    def finish(self) -> None:
+        """Wait for the crew, then write the embeddings of the whole slide."""
+        self.crew.wait()
         group = self.root.create_group("slide")
-        width = self.arrays.width
-        layout.create_plain(group, "mean", (width,), "float32", ("feature",))[...] = mean
+        mean = (self._sums.sum(0) / max(self.arrays.tokens, 1)).astype(np.float32)
+        write_array(layout.create_plain(group, "mean", mean.shape, "float32", ("feature",)), mean)
         slots = class_slots(self.arrays.tokens, self._kind)
         if slots:
             own = self._sequence.gather(torch.tensor(slots)).cpu().numpy()
             names = ("class_token", "feature")
-            layout.create_plain(group, "class_tokens", own.shape, "float32", names)[...] = own
+            array = layout.create_plain(group, "class_tokens", own.shape, "float32", names)
+            write_array(array, own)
 
 
 def write_index(root: zarr.Group, index: Index) -> None:
