@@ -91,22 +91,28 @@ def class_areas(
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """(classes,) int64 pixels, (classes,) float64 areas, and the areas' unit: "mm2" or "ha"."""
     georeferenced = frame.georeference is not None and bool(frame.georeference.crs_wkt)
-    ground = GroundTransform.of(frame) if georeferenced else None
+    if georeferenced:
+        pixels, areas_m2 = _ground_areas(labels, GroundTransform.of(frame))
+    else:
+        pixels, areas_m2 = _pixels(labels, classes), np.zeros(256)
+    if pixels[classes:].any():
+        label = classes + int(np.flatnonzero(pixels[classes:])[0])
+        raise OutputError(f"the label map holds the value {label}, but there are {classes} classes")
+    if georeferenced:
+        return pixels[:classes], areas_m2[:classes] / 1e4, "ha"
+    return pixels[:classes], pixels[:classes] * (frame.mpp_x * frame.mpp_y / 1e6), "mm2"
+
+
+def _ground_areas(labels: LabelMap, ground: GroundTransform) -> tuple[np.ndarray, np.ndarray]:
+    """(256,) int64 pixels and (256,) float64 square metres of each value."""
     pixels, areas_m2 = np.zeros(256, np.int64), np.zeros(256)
-    if ground is None:
-        pixels = _pixels(labels, classes)
-    for window in windows(labels.height, labels.width, side_px=WINDOW_PX) if ground else ():
+    for window in windows(labels.height, labels.width, side_px=WINDOW_PX):
         values = labels.read(*window)
         place = np.arange(len(values))[:, None] * 256 + values
         by_row = np.bincount(place.ravel(), minlength=256 * len(values)).reshape(-1, 256)
         pixels += by_row.sum(0)
         areas_m2 += row_pixel_areas_m2(ground, *window) @ by_row
-    if pixels[classes:].any():
-        label = classes + int(np.flatnonzero(pixels[classes:])[0])
-        raise OutputError(f"the label map holds the value {label}, but there are {classes} classes")
-    if ground is not None:
-        return pixels[:classes], areas_m2[:classes] / 1e4, "ha"
-    return pixels[:classes], pixels[:classes] * (frame.mpp_x * frame.mpp_y / 1e6), "mm2"
+    return pixels, areas_m2
 
 
 def _pixels(labels: LabelMap, classes: int) -> np.ndarray:

@@ -55,17 +55,15 @@ def build_store(
     Raises:
         OutputError: the disk refuses, or an embedding does not fit float16.
     """
-    with explained(folder), Crew(1) as disk:
+    with explained(folder):
         root = zarr.create_group(folder, overwrite=True)
         pools: tuple[int, ...] = ()
         with watch.stage("decode"):
             _write_labels(folder / "map", job, run, progress)
-        disk.do(sync_tree, folder / "map")  # the disk works while more is made
         with watch.stage("store"):
             _write_pictures(root, job.tissue.mask, run.picture)
             if content.embeddings:
-                pools = _write_embeddings(root, job, run, content, progress)
-                disk.do(sync_tree, folder / "tokens")
+                pools = _write_embeddings(folder, root, job, run, content, progress)
         layout.write_info(root, _info(job, settings, run, content, pools, watch))
     return EmbeddingStore.open(folder)
 
@@ -137,7 +135,7 @@ def _write_pictures(
 
 
 def _write_embeddings(
-    root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress
+    folder: Path, root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress
 ) -> tuple[int, ...]:
     model, grid = job.choice.model, job.grid
     gather, head = _features(job, run), model.head
@@ -165,6 +163,7 @@ def _write_embeddings(
         )  # fmt: skip
         share = 0.5 if pools else 1.0
         writer.write(lambda tokens: advance(tokens * share))
+        crew.do(sync_tree, folder / "tokens")  # the disk works while more is made
         if pools:
             write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)))
         writer.finish()
