@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import zarr
 
 THREADS = 2
-OS_ERROR = re.compile(r"OS error (\d+)")
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class ArrayWriter:
