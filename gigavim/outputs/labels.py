@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 
+from gigavim.outputs.arrays import ArrayWriter
 from gigavim.outputs.atomic import explained
 
 CHUNK_HW = (256, 2048)
@@ -59,6 +60,7 @@ class LabelStore:
         self._coverage = _array(group, "coverage")
         self.cell_px: int = int(self._coverage.attrs["cell_px"])  # type: ignore[arg-type]
         """Side of a coverage cell, in map pixels."""
+        self._writers: dict[str, ArrayWriter] = {}
         self._pending: list[np.ndarray] = []
         self._pending_y = 0
         """Row of the map at which the pending strips begin."""
@@ -80,16 +82,14 @@ class LabelStore:
             height: rows of the map. width: its columns.
             cell_px: side of a coverage cell in map pixels (the stride of the tokens).
             cells_hw: (rows, columns) of coverage cells; they may reach over the map.
-            lasting: pack more densely, into few files.
+            lasting: into few files.
 
         Raises:
             OutputError: the disk refuses.
         """
         folder = Path(folder)
         # Shuffled bits of few classes are nearly constant: lz4 then packs at memory speed.
-        codec = BloscCodec(
-            cname="zstd" if lasting else "lz4", clevel=5, shuffle=BloscShuffle.bitshuffle
-        )
+        codec = BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle)
         common: dict[str, Any] = {"dtype": "uint8", "fill_value": 0, "compressors": codec}
         with explained(folder):
             if folder.exists():
@@ -191,7 +191,10 @@ class LabelStore:
         height, width = window.shape
         _check_window(array.shape, y, y + height, x, x + width)
         with explained(self.folder):
-            array[y : y + height, x : x + width] = window
+            if array.name not in self._writers:
+                self._writers[array.name] = ArrayWriter(array)
+            writer = self._writers[array.name]
+            writer.write((slice(y, y + height), slice(x, x + width)), window)
 
 
 def windows(height: int, width: int, *, side_px: int) -> Iterator[tuple[int, int, int, int]]:

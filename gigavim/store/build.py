@@ -16,7 +16,8 @@ from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probab
 from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
-from gigavim.outputs.atomic import explained
+from gigavim.outputs.arrays import write_array
+from gigavim.outputs.atomic import explained, sync_tree
 from gigavim.outputs.labels import CHUNK_HW, Coverage, LabelStore
 from gigavim.pipeline import Job, Stopwatch, Swept
 from gigavim.progress import Progress
@@ -62,7 +63,7 @@ def build_store(
         with watch.stage("store"):
             _write_pictures(root, job.tissue.mask, run.picture)
             if content.embeddings:
-                pools = _write_embeddings(root, job, run, content, progress)
+                pools = _write_embeddings(folder, root, job, run, content, progress)
         layout.write_info(root, _info(job, settings, run, content, pools, watch))
     return EmbeddingStore.open(folder)
 
@@ -126,14 +127,15 @@ def _write_pictures(
     root: zarr.Group, tissue: npt.NDArray[np.bool_], picture: npt.NDArray[np.uint8] | None
 ) -> None:
     mask = tissue.astype(np.uint8)
-    layout.create_plain(root, "tissue", mask.shape, "uint8", ("y", "x"))[...] = mask
+    write_array(layout.create_plain(root, "tissue", mask.shape, "uint8", ("y", "x")), mask)
     if picture is not None:
         names = ("y", "x", "rgb")
-        layout.create_plain(root, "thumbnail", picture.shape, "uint8", names)[...] = picture
+        array = layout.create_plain(root, "thumbnail", picture.shape, "uint8", names)
+        write_array(array, picture)
 
 
 def _write_embeddings(
-    root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress
+    folder: Path, root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress
 ) -> tuple[int, ...]:
     model, grid = job.choice.model, job.grid
     gather, head = _features(job, run), model.head
@@ -161,8 +163,10 @@ def _write_embeddings(
         )  # fmt: skip
         share = 0.5 if pools else 1.0
         writer.write(lambda tokens: advance(tokens * share))
+        crew.do(sync_tree, folder / "tokens")  # the disk works while more is made
         if pools:
             write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)))
+        writer.finish()
     return pools
 
 

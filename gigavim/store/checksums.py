@@ -2,11 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gigavim.errors import StoreError
 from gigavim.outputs.atomic import explained
 from gigavim.store.layout import CHECKSUMS
+
+READERS = 2
 
 
 def write_checksums(folder: Path) -> None:
@@ -16,7 +19,10 @@ def write_checksums(folder: Path) -> None:
         OutputError: the disk refuses.
     """
     with explained(folder / CHECKSUMS):
-        lines = [f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)]
+        names = list(_files(folder))
+        with ThreadPoolExecutor(READERS, thread_name_prefix="gigavim-checksums") as pool:
+            digests = pool.map(_sha256, [folder / name for name in names])
+            lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
         (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ WRITERS = 2
 class Crew:
     """A few threads and a short queue: what waits to be written takes memory.
 
-    An error comes out at a later call of `do`, or at the end of the `with` block.
+    An error comes out at a later call of `do` or `wait`, or at the end of the `with` block.
     """
 
     def __init__(self, threads: int = WRITERS) -> None:
@@ -28,6 +28,11 @@ class Crew:
             self._jobs.popleft().result()
         self._jobs.append(self._pool.submit(work, *args, **kwargs))
 
+    def wait(self) -> None:
+        """Wait until all that was asked for is done."""
+        while self._jobs:
+            self._jobs.popleft().result()
+
     def __enter__(self) -> Self:
         return self
 
@@ -38,5 +43,5 @@ class Crew:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=error is not None)
-        while error is None and self._jobs:
-            self._jobs.popleft().result()
+        if error is None:
+            self.wait()

@@ -29,7 +29,6 @@ from typing import Any, Literal, Self
 import zarr
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from zarr.codecs import BloscCodec, BloscShuffle
-from zarr.core.array_spec import ArrayConfigParams
 
 from gigavim.errors import StoreError
 from gigavim.frames import Bounds, ClassSpec, GeoReference, MapFrame
@@ -51,9 +50,6 @@ COARSEST_CELLS = 32
 """Pooling stops where no side of the grid has more cells."""
 
 EmbeddingType = Literal["float16", "float32"]
-
-WHOLE: ArrayConfigParams = {"write_empty_chunks": True}
-"""How arrays are written: to look for empty chunks takes as long as to compress full ones."""
 
 
 class _Record(BaseModel):
@@ -217,7 +213,6 @@ def create_tokens(
             fill_value=0,
             compressors=codec(),
             dimension_names=("token", dimension),
-            config=WHOLE,
         )
         for name, width, dtype, dimension in columns
     }
@@ -236,7 +231,7 @@ def create_pooled(
     embeddings = group.create_array(
         "embeddings", shape=(height, across, width), chunks=(side, side, width),
         shards=(POOL_SHARD, POOL_SHARD, width), dtype=dtype, fill_value=math.nan,
-        dimension_names=("y", "x", "feature"), compressors=codec(), config=WHOLE,
+        dimension_names=("y", "x", "feature"), compressors=codec(),
     )  # fmt: skip
     count = group.create_array(
         "count", shape=(height, across), chunks=(POOL_SHARD, POOL_SHARD), dtype="uint32",

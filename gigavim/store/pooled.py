@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
 from torch import Tensor
 
+from gigavim.outputs.arrays import ArrayWriter
 from gigavim.store import layout
-from gigavim.store.tokens import Advance, TokenWriter, put
+from gigavim.store.tokens import Advance, TokenWriter
 
 SIDE = layout.POOL_SHARD
 
@@ -29,31 +29,40 @@ class _Cells:
     """(h, w) int64"""
 
 
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """Where a pooled level goes."""
+
+    shape: tuple[int, ...]
+    """(rows, cols)"""
+    embeddings: ArrayWriter
+    counts: ArrayWriter
+
+
 def write_pooled(writer: TokenWriter, pools: tuple[int, ...], advance: Advance) -> None:
     """Write the pooled levels `pools`: 2, 4, 8, ..., of which the last is one shard."""
     grid = writer.grid
-    levels = [
-        layout.create_pooled(
+    levels = []
+    for pool in pools:
+        embeddings, counts = layout.create_pooled(
             writer.root, pool, rows=grid.rows, cols=grid.cols, width=writer.arrays.width,
             dtype=writer.dtype,
-        )
-        for pool in pools
-    ]  # fmt: skip
+        )  # fmt: skip
+        levels.append(_Level(counts.shape, ArrayWriter(embeddings), ArrayWriter(counts)))
     _write_shard(writer, levels, len(levels) - 1, 0, 0, advance)
 
 
 def _write_shard(
     writer: TokenWriter,
-    levels: list[tuple["zarr.Array[Any]", "zarr.Array[Any]"]],
+    levels: list[_Level],
     level: int,
     row: int,
     col: int,
     advance: Advance,
 ) -> _Cells:
     """Write shard (row, col) of a level, after all that it is made of: the shard, halved."""
-    embeddings, counts = levels[level]
     height, width = (
-        min(SIDE, side - place * SIDE) for side, place in zip(counts.shape, (row, col))
+        min(SIDE, side - place * SIDE) for side, place in zip(levels[level].shape, (row, col))
     )
     if level == 0:
         cells = _pooled_tokens(writer, row * SIDE, col * SIDE, height, width)
@@ -76,22 +85,17 @@ def _write_shard(
             slice(row * SIDE, row * SIDE + height),
             slice(col * SIDE, col * SIDE + width),
         )
-        writer.crew.do(_put_cells, embeddings, counts, window, cells)
+        writer.crew.do(_put_cells, levels[level], window, cells)
     return halved
 
 
-def _put_cells(
-    embeddings: "zarr.Array[Any]",
-    counts: "zarr.Array[Any]",
-    window: tuple[slice, slice],
-    cells: _Cells,
-) -> None:
+def _put_cells(level: _Level, window: tuple[slice, slice], cells: _Cells) -> None:
     means: npt.NDArray[Any] = cells.means.numpy()
     empty = (cells.count == 0).numpy()
     if empty.any():
         means[empty] = np.nan
-    put(embeddings, window, means)
-    put(counts, window, cells.count.numpy().astype(np.uint32))
+    level.embeddings.write(window, means)
+    level.counts.write(window, cells.count.numpy().astype(np.uint32))
 
 
 def _pooled_tokens(writer: TokenWriter, row: int, col: int, height: int, width: int) -> _Cells:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -45,13 +45,20 @@ class EmbeddingStore:
     its location.
     """
 
-    def __init__(self, location: str, root: zarr.Group, info: StoreInfo) -> None:
+    def __init__(
+        self,
+        location: str,
+        root: zarr.Group,
+        info: StoreInfo,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
         self.location = location
         """Path or URL."""
         self.info = info
         """Slide, grid, classes, provenance."""
         self.root = root
         """The zarr group, for what this class does not offer."""
+        self._storage_options = storage_options or {}
 
     @classmethod
     def open(cls, location: str | Path, **storage_options: Any) -> Self:
@@ -75,10 +82,14 @@ class EmbeddingStore:
             raise StoreError(
                 f"{text}: there is no embedding store ({_first_line(error)})"
             ) from error
-        return cls(text, root, layout.read_info(root.attrs.asdict(), text))
+        except ImportError as error:
+            raise StoreError(
+                f"{text}: {_first_line(error)} (for s3:// pip install 'gigavim[s3]')"
+            ) from error
+        return cls(text, root, layout.read_info(root.attrs.asdict(), text), storage_options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self.location,)
+        return partial(type(self).open, **self._storage_options), (self.location,)
 
     def __len__(self) -> int:
         """Tokens."""

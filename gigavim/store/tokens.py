@@ -1,6 +1,6 @@
 """Embeddings from the swept sequence into a store, a shard at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ from gigavim.engine.sequence import TokenSequence
 from gigavim.errors import OutputError
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.sequence import class_slots, patch_slots
+from gigavim.outputs.arrays import ArrayWriter, write_array
 from gigavim.store import layout
 from gigavim.store.crew import Crew
 from gigavim.tokens.grid import Index, TokenGrid, TokenSelection
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048
 Advance = Callable[[float], object]
 
 
@@ -53,6 +54,8 @@ class TokenWriter:
         self._probabilities = probabilities
         self._classes = model.head.classes
         self.crew = crew
+        self._sums = np.zeros((0, self.arrays.width))
+        """(shards, D) sums of embeddings."""
 
     def slots(self, places: Tensor) -> Tensor:
         """(n,) int64 places among the patches -> places in the sequence."""
@@ -63,41 +66,46 @@ class TokenWriter:
         return self._sequence.means(self.slots(places), starts)
 
     def write(self, advance: Advance) -> None:
-        """Write the token arrays shard by shard, then the embeddings of the whole slide.
+        """Have the crew write the token arrays, shard by shard.
 
         Raises:
             OutputError: a number does not fit float16.
         """
         classes = self._classes if self._probabilities is not None else None
-        made = layout.create_tokens(self.root, self.arrays, classes=classes)
-        total = np.zeros(self.arrays.width)
-        for start in range(0, self.arrays.tokens, self.arrays.shard):
+        created = layout.create_tokens(self.root, self.arrays, classes=classes)
+        made = {name: ArrayWriter(array) for name, array in created.items()}
+        shards = -(-self.arrays.tokens // self.arrays.shard)
+        self._sums = np.zeros((shards, self.arrays.width))
+        for number in range(shards):
+            start = number * self.arrays.shard
             rows = slice(start, min(start + self.arrays.shard, self.arrays.tokens))
-            embeddings, shares = self._shard(rows, total)
-            self.crew.do(put, made["embeddings"], rows, embeddings)
-            if shares is not None:
-                self.crew.do(put, made["probabilities"], rows, shares)
-            self.crew.do(self._put_places, made, rows)
+            if self._probabilities is not None:
+                self.crew.do(made["probabilities"].write, rows, self._shares(rows))
+            self.crew.do(self._put_shard, made, rows, self._sums[number])
             advance(rows.stop - start)
-        self._write_slide(total / max(self.arrays.tokens, 1))
 
-    def _shard(
-        self, rows: slice, total: npt.NDArray[np.float64]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """Embeddings and probabilities of a shard; adds the sum of the former to `total` (D,)."""
-        count = rows.stop - rows.start
-        embeddings = np.empty((count, self.arrays.width), self.dtype)
-        shares = np.empty((count, self._classes), np.float16) if self._probabilities else None
-        for first in range(0, count, BATCH_TOKENS):
-            batch = slice(first, min(first + BATCH_TOKENS, count))
-            tokens = self._between(rows.start + batch.start, rows.start + batch.stop)
-            embeddings[batch] = as_stored(tokens, self.dtype)
+    @torch.inference_mode()
+    def _put_shard(
+        self, made: dict[str, ArrayWriter], rows: slice, total: npt.NDArray[np.float64]
+    ) -> None:
+        """Write the embeddings and places of a shard; adds the sum of the former to `total`."""
+        embeddings = np.empty((rows.stop - rows.start, self.arrays.width), self.dtype)
+        for batch in _batches(rows):
+            tokens = self._between(batch.start, batch.stop)
+            place = slice(batch.start - rows.start, batch.stop - rows.start)
+            embeddings[place] = as_stored(tokens, self.dtype)
             total += tokens.sum(0).double().cpu().numpy()
-            if self._probabilities is not None and shares is not None:
-                first = rows.start + batch.start
-                found = self._probabilities(first, rows.start + batch.stop)
-                shares[batch] = found.cpu().numpy()
-        return embeddings, shares
+        made["embeddings"].write(rows, embeddings)
+        self._put_places(made, rows)
+
+    def _shares(self, rows: slice) -> npt.NDArray[np.float16]:
+        """The classes' shares of a shard's patches, (n, classes)."""
+        assert self._probabilities is not None
+        shares = np.empty((rows.stop - rows.start, self._classes), np.float16)
+        for batch in _batches(rows):
+            found = self._probabilities(batch.start, batch.stop)
+            shares[batch.start - rows.start : batch.stop - rows.start] = found.cpu().numpy()
+        return shares
 
     def _between(self, first: int, last: int) -> Tensor:
         """(last - first, D) neighbouring patches: a view where no class token lies among them."""
@@ -108,25 +116,28 @@ class TokenWriter:
             return rows
         return self._sequence.gather(self.slots(torch.arange(first, last)))
 
-    def _put_places(self, made: dict[str, "zarr.Array[Any]"], rows: slice) -> None:
+    def _put_places(self, made: dict[str, ArrayWriter], rows: slice) -> None:
         row, col = np.divmod(self.selection.cells[rows], self.grid.cols)
-        put(made["row_col"], rows, np.stack([row, col], 1).astype(np.int32))
+        made["row_col"].write(rows, np.stack([row, col], 1).astype(np.int32))
         frame, stride = self.grid.frame, self.grid.stride_px
         xy = np.stack([
             frame.x_level0 + col * (stride * frame.scale_x),
             frame.y_level0 + row * (stride * frame.scale_y),
         ], 1)  # fmt: skip
-        put(made["xy_level0"], rows, xy)
+        made["xy_level0"].write(rows, xy)
 
-    def _write_slide(self, mean: npt.NDArray[np.float64]) -> None:
+    def finish(self) -> None:
+        """Wait for the crew, then write the embeddings of the whole slide."""
+        self.crew.wait()
         group = self.root.create_group("slide")
-        width = self.arrays.width
-        layout.create_plain(group, "mean", (width,), "float32", ("feature",))[...] = mean
+        mean = (self._sums.sum(0) / max(self.arrays.tokens, 1)).astype(np.float32)
+        write_array(layout.create_plain(group, "mean", mean.shape, "float32", ("feature",)), mean)
         slots = class_slots(self.arrays.tokens, self._kind)
         if slots:
             own = self._sequence.gather(torch.tensor(slots)).cpu().numpy()
             names = ("class_token", "feature")
-            layout.create_plain(group, "class_tokens", own.shape, "float32", names)[...] = own
+            array = layout.create_plain(group, "class_tokens", own.shape, "float32", names)
+            write_array(array, own)
 
 
 def write_index(root: zarr.Group, index: Index) -> None:
@@ -134,7 +145,7 @@ def write_index(root: zarr.Group, index: Index) -> None:
     array = layout.create_plain(
         root, "index", index.shape, str(index.dtype), ("row", "col"), fill_value=-1
     )
-    array[...] = index
+    write_array(array, index)
 
 
 def as_stored(tokens: Tensor, dtype: layout.EmbeddingType) -> npt.NDArray[np.floating[Any]]:
@@ -154,6 +165,7 @@ def as_stored(tokens: Tensor, dtype: layout.EmbeddingType) -> npt.NDArray[np.flo
     return tokens.half().cpu().numpy()
 
 
-def put(array: "zarr.Array[Any]", where: Any, values: npt.NDArray[Any]) -> None:
-    """Write a region of an array."""
-    array[where] = values
+def _batches(rows: slice) -> Iterator[slice]:
+    """Parts of a shard that stay in a core's cache."""
+    for start in range(rows.start, rows.stop, BATCH_TOKENS):
+        yield slice(start, min(start + BATCH_TOKENS, rows.stop))

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+import shapely
 import tifffile
 import zarr
+from rasterio.transform import Affine
 
 import gigavim
 from gigavim.config import Settings
@@ -23,6 +26,7 @@ BOX = (200, 100, 350, 225)
 """Left, top, right, bottom of the rectangle, from the bounds' corner, in level-0 pixels."""
 SCALE = 0.5 / 0.3
 SIZE_HW = (397, 601)
+GROUND = Affine.translation(5e5, 4.6e6) @ Affine.rotation(20) @ Affine.scale(0.6, -0.6)
 SLIDE_FORMATS = [
     "ome-tiff", "ome-zarr", "geojson", "geojson.gz", "overlay", "csv", "h5-trident", "h5-clam",
     "h5-stamp", "anndata", "spatialdata",
@@ -150,6 +154,47 @@ def test_ome_zarr(convert, version):
     ours = gigavim.open_slide(folder)
     assert ours.mpp.x == pytest.approx(0.5, rel=1e-3)
     assert np.array_equal(ours.read_level(0, 0, 0, 361, 239), image[:].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ome_zarr_is_valid_as_a_whole(convert, version):
+    """Groups, arrays, axes, data types and label references, as ome-zarr-models knows them."""
+    models = pytest.importorskip("ome_zarr_models")
+    folder = convert("ome-zarr", ngff=version)["ome-zarr"]
+    kind = getattr(models, f"v{version.replace('.', '')}")
+    if version == "0.4":  # which ome-zarr-models 1.6 leaves half defined with new pydantic
+        from pydantic_zarr.v2 import ArraySpec, GroupSpec
+
+        names = {"ArraySpec": ArraySpec, "GroupSpec": GroupSpec}
+        for incomplete in (kind.Labels, kind.Image, kind.ImageLabel):
+            incomplete.model_rebuild(_types_namespace=names)
+    root = zarr.open_group(folder, mode="r")
+    image = models.open_ome_zarr(root)
+    assert isinstance(image, kind.Image)
+    assert image.ome_zarr_version == version
+    labels = image.labels
+    assert isinstance(labels, kind.Labels)
+    assert isinstance(models.open_ome_zarr(root["labels"]), kind.Labels)
+    label = kind.ImageLabel.from_zarr(root["labels/segmentation"])
+    for group, node in ((image, root), (label, root["labels/segmentation"])):
+        (multiscale,) = (group.attributes if version == "0.4" else group.attributes.ome).multiscales
+        for dataset in multiscale.datasets:
+            described = group.members[dataset.path]
+            assert described.shape == node[dataset.path].shape
+            assert len(described.shape) == len(multiscale.axes)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ome_zarr_opens_in_ome_zarr_py(convert, version):
+    reader = pytest.importorskip("ome_zarr.reader", reason="ome-zarr is not installed")
+    from ome_zarr.io import parse_url
+
+    folder = convert("ome-zarr", ngff=version)["ome-zarr"]
+    nodes = list(reader.Reader(parse_url(str(folder)))())
+    found = {node.zarr.basename(): np.asarray(node.data[0]) for node in nodes if node.data}
+    assert found[folder.name].shape == (3, 239, 361)
+    assert_at_box(box_of(found["segmentation"] == 1) * SCALE)
+    assert_at_box(box_of(found[folder.name].mean(0) < 150) * SCALE)
 
 
 def test_levels_of_ome_zarr_agree(model, tmp_path):
@@ -285,12 +330,57 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_converting_later_gives_the_same_bytes(embedded, model, tmp_path):
+@pytest.mark.parametrize("ngff", ["0.4", "0.5"])
+def test_converting_later_gives_the_same_bytes(embedded, model, tmp_path, ngff):
     for name in ("h5py", "anndata", "pyarrow"):
         pytest.importorskip(name)
-    wanted = {"formats": SLIDE_FORMATS, "pool": 2}
+    wanted = {"formats": SLIDE_FORMATS, "pool": 2, "ngff": ngff}
     at_once = settings_for(model, tmp_path / "once", **wanted)
     outputs = gigavim.embed(embedded.slide, settings=at_once).outputs
+    later = Settings().with_flags(output={"directory": str(tmp_path / "later"), **wanted})
+    gigavim.convert(outputs["store"], settings=later)
+    once, again = tree(tmp_path / "once"), tree(tmp_path / "later")
+    once = {name: data for name, data in once.items() if ".embeddings.zarr/" not in name}
+    assert once.keys() == again.keys()
+    assert {name for name in once if once[name] != again[name]} == set()
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory) -> Path:
+    """A georeferenced raster of odd sizes, not north up, with one dark rectangle."""
+    path = tmp_path_factory.mktemp("field") / "field.tif"
+    pixels = np.full((*SIZE_HW, 3), 240, np.uint8)
+    pixels[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 60
+    with rasterio.open(
+        path, "w", driver="GTiff", width=SIZE_HW[1], height=SIZE_HW[0], count=3, dtype="uint8",
+        crs="EPSG:32633", transform=GROUND,
+    ) as raster:  # fmt: skip
+        raster.write(pixels.transpose(2, 0, 1))
+    return path
+
+
+def test_formats_of_georeferenced_rasters(field, model, tmp_path):
+    for name in ("pyogrio", "pyarrow"):
+        pytest.importorskip(name)
+    wanted = {"formats": ["geotiff", "gpkg", "geoparquet", "geojson", "geojson.gz", "csv"]}
+    outputs = gigavim.embed(
+        field, settings=settings_for(model, tmp_path / "once", **wanted)
+    ).outputs
+    with rasterio.open(outputs["geotiff"]) as raster:
+        assert raster.crs == "EPSG:32633"
+        assert raster.colormap(1)[1][:3] == (255, 0, 0)
+        to_pixels = ~GROUND @ raster.transform
+        corners = box_of(raster.read(1) == 1).reshape(2, 2)
+    found = np.array([to_pixels @ tuple(corner) for corner in corners])
+    assert_at_box(found.ravel(), within=0.5)
+    meta, _, wkb, _ = pytest.importorskip("pyogrio.raw").read(outputs["gpkg"])
+    (polygon,) = shapely.from_wkb(wkb)
+    parquet = pytest.importorskip("pyarrow.parquet").read_table(outputs["geoparquet"])
+    (same,) = shapely.from_wkb(parquet["geometry"].to_pylist())
+    assert meta["crs"] == "EPSG:32633"
+    for shape in (polygon, same):
+        xy = np.array([~GROUND @ corner for corner in shape.exterior.coords])
+        assert_at_box((*xy.min(0), *xy.max(0)), within=0.5)
     later = Settings().with_flags(output={"directory": str(tmp_path / "later"), **wanted})
     gigavim.convert(outputs["store"], settings=later)
     once, again = tree(tmp_path / "once"), tree(tmp_path / "later")
