@@ -42,6 +42,7 @@ FORWARD_TIED = Kernel(registers=128, wide=4)
 GRADIENT = Kernel(registers=168, wide=1)
 """The pass with all gradients, which keeps three tiles."""
 GRADIENT_TIED = Kernel(registers=160, wide=2)
+"""The same of one rate per channel."""
 
 
 @dataclass(frozen=True, slots=True)
