@@ -14,6 +14,8 @@ NAMES_SHOWN = 5
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file; raises `ModelError` where that fails."""
+    if path.is_dir():
+        raise ModelError(f"{path}: a folder; give the .safetensors file in it, or --model {path}")
     try:
         return load_file(path)
     except FileNotFoundError:

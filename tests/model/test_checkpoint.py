@@ -161,3 +161,8 @@ def test_the_model_needs_no_image_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+def test_a_folder_in_place_of_weights(folder):
+    with pytest.raises(ModelError, match="--model"):
+        load_model(folder, weights=folder)
