@@ -193,7 +193,8 @@ class Budget:
     def _recomputes(self) -> bool:
         """Whether the kernels keep nothing but streams, and can go through a layer in chunks."""
         config = self.model.encoder.config
-        return layer_kernel(self.device, config.d_state, config.d_model).recomputes
+        asked = self.recipe.model.tied_rates
+        return layer_kernel(self.device, config.d_state, config.d_model, asked).recomputes
 
     def _tokens(self, blocks: int) -> int:
         return blocks * (self.recipe.model.scan_order.block or 16) ** 2
