@@ -56,7 +56,7 @@ def test_every_way_gives_the_same_gradients(deep, pictures_folder, way, drop_pat
     other, others = gradients_of(deep, model, batch, WAYS[way], drop_path=drop_path)
     assert float(other) == pytest.approx(float(loss), rel=1e-6)
     for one, two in zip(grads, others, strict=True):
-        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+        assert (one - two).norm() <= 1e-4 * one.norm() + 1e-9
 
 
 def test_half_of_the_layers_can_be_grouped(deep, pictures_folder):
