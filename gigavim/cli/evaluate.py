@@ -109,7 +109,9 @@ def command(
         pictures, classes = _by_recipe(card, data, recipe, groups), Classes.all_of(card)
     names = [spec.name for spec in classes.specs]
     where = pick_device(device)
-    predictor = score.Predictor(network.to(where), card.scan_order, card.mean, card.std)
+    predictor = score.Predictor(
+        network.to(where), card.scan_order, card.mean, card.std, tied=card.tied_rates
+    )
     if context == "window":
         predictor = replace(predictor, window_px=window_px)
     report, seen = evaluate.evaluate(

@@ -104,7 +104,7 @@ def check_branch(
 
     block = random_block(d_model=d_model, states=states)
     if tied:
-        block = _with_one_rate(block)
+        block = with_one_rate(block)
     stream, weights = torch.randn(2, length, d_model)
     found, mine = leaves(block.branches[0], stream, device, torch.float32)
     expected, theirs = leaves(block.branches[0], stream, torch.device("cpu"), torch.float64)
@@ -127,7 +127,7 @@ def check_branch(
     return Check(f"gradients of a block, triton{rates}", worst, LIMITS["fp32"])
 
 
-def _with_one_rate(block: BlockWeights) -> BlockWeights:
+def with_one_rate(block: BlockWeights) -> BlockWeights:
     """The block with the first of every channel's rates alone."""
     branches = tuple(
         replace(b, directions=tuple(replace(d, A=d.A[:, :1].contiguous()) for d in b.directions))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels.block import States
-from gigavim_kernels.cuda.directions import Directions, scan_inputs, stack, tie_rates
+from gigavim_kernels.cuda.directions import Directions, compact_rates, scan_inputs, stack
 from gigavim_kernels.cuda.norm import rms_norm
 from gigavim_kernels.cuda.scan import Scanned, scan, scan_states
 from gigavim_kernels.weights import BlockWeights, Branch
@@ -134,7 +134,7 @@ class _Branch:
 
 
 def _prepare(branch: Branch, device: torch.device, product: torch.dtype) -> _Branch:
-    directions = stack(tie_rates(branch.directions)).to(device, product)
+    directions = stack(compact_rates(branch.directions)).to(device, product)
     forward = directions.reverse.count(False)
     return _Branch(
         norm_weight=branch.norm_weight.to(device),

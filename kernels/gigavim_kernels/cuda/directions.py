@@ -109,7 +109,7 @@ def stack(directions: Sequence[Direction]) -> Directions:
     )
 
 
-def tie_rates(directions: Sequence[Direction]) -> tuple[Direction, ...]:
+def compact_rates(directions: Sequence[Direction]) -> tuple[Direction, ...]:
     """The directions with one rate per channel, if `naive.spread_rates` gives all of theirs."""
     tied = tuple(replace(d, A=d.A[:, :1]) for d in directions)
     for one, d in zip(tied, directions):

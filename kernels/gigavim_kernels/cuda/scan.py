@@ -101,7 +101,7 @@ def scan(
                 int(reverse[i]),
                 E=channels, N=states, TIED=tied, BE=plan.block_e,
                 STAGES=STAGES, UNROLL=1 if mark else UNROLL, MARK=MARK, ADD=i > 0,
-                **options(1, registers=FORWARD.registers),
+                **options(1, registers=kernel.registers),
             )  # fmt: skip
     return Scanned(y, last, decay, marks)
 

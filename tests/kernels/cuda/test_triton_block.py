@@ -101,10 +101,10 @@ def test_a_batch_is_so_many_sequences(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rates_in_the_ratio_are_found(random_block, tied):
-    from gigavim_kernels.cuda.directions import stack, tie_rates
+    from gigavim_kernels.cuda.directions import compact_rates, stack
 
     block = random_block("v2", d_model=8, states=8, tied=tied)
-    found = stack(tie_rates(block.branches[0].directions))
+    found = stack(compact_rates(block.branches[0].directions))
     assert found.A.shape == (2, 16, 1 if tied else 8)
     assert found.states == 8
 

@@ -47,10 +47,8 @@ def specified(branch, stream, keep):
 def test_stream_and_gradients_meet_the_specification(
     random_block, relative_error, device, kind, batch, length, d_model, chunk, half, tied
 ):
-    branch = random_block(kind, d_model=d_model, states=8).branches[0]
-    if tied:
-        one_rate = tuple(replace(d, A=d.A[:, :1].contiguous()) for d in branch.directions)
-        branch = replace(branch, directions=one_rate)
+    block = random_block(kind, d_model=d_model, states=8)
+    branch = (selftest.with_one_rate(block) if tied else block).branches[0]
     stream, weights = torch.randn(batch, length, d_model), torch.randn(batch, length, d_model)
     keep = torch.arange(1.0, batch + 1) / batch
     mine, found_in = selftest.leaves(branch, stream, device, torch.float32)

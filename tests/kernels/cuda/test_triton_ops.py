@@ -60,16 +60,17 @@ def test_results_and_gradients_meet_the_specification(
         assert relative_error(found_grads[name], want) < 1e-5, name
 
 
+@pytest.mark.parametrize("channels", [6, pytest.param(64, id="scratch of 16 bits if tied")])
 @pytest.mark.parametrize("tied", [False, True])
-def test_half_precision_gradients(ops, random_scan, relative_error, device, tied):
-    given = random_scan(1, 9, 6, 8, torch.float32)
+def test_half_precision_gradients(ops, random_scan, relative_error, device, tied, channels):
+    given = random_scan(1, 9, channels, 8, torch.float32)
     if tied:
         given["A"] = given["A"][:, :1]
     half = {
         name: t.to(device, torch.bfloat16 if name in ("x", "dt", "B", "C", "z") else None)
         for name, t in given.items()
     }
-    weights = [torch.randn(1, 9, 6), torch.zeros(1, 6, 8), torch.zeros(1, 6, 8)]
+    weights = [torch.randn(1, 9, channels), *(torch.zeros(1, channels, 8) for _ in range(2))]
     weights = [w.to(device) for w in weights]
     _, found = gradients(ops.selective_scan, half, weights, False)
     _, expected = gradients(

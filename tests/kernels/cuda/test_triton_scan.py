@@ -166,7 +166,7 @@ def test_tiny_steps_keep_their_digits(scan, relative_error, device):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_tied_rates_are_rates_in_the_ratio(scan, relative_error, device, reverse):
-    """Decays close to one, of which a thousand steps make an error a thousand times larger."""
+    """Decays close to one: what a step forgets is then the difference of nearly equal numbers."""
     given = draw(1, 1, 40, 6, 16, device)
     given["dt"] = given["dt"] - 8
     given["A"] = given["A"][..., :1].contiguous()
