@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -36,6 +37,14 @@ def softplus(x: tl.tensor) -> tl.tensor:
 def sigmoid(x: tl.tensor) -> tl.tensor:
     """Logistic function."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def multiplied(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """left @ right + total, summed in float32; of 16 bits, which the matrix units take."""
+    if INTERPRETED:  # it holds bfloat16 as integers and would multiply those
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total)
 
 
 @triton.jit

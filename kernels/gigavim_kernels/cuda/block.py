@@ -10,6 +10,7 @@ from torch import Tensor
 from gigavim_kernels.block import States
 from gigavim_kernels.cuda.directions import Directions, compact_rates, scan_inputs, stack
 from gigavim_kernels.cuda.norm import rms_norm
+from gigavim_kernels.cuda.product import add_product
 from gigavim_kernels.cuda.scan import Scanned, scan, scan_states
 from gigavim_kernels.weights import BlockWeights, Branch
 
@@ -96,12 +97,10 @@ class CudaBlock:
 
     def _norm(self, branch: "_Branch", stream: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The normed rows between their halos, (1, halo + T + halo, D), in the products' dtype."""
-        halo, length = self.halo, len(stream)
-        normed = stream.new_empty(length + 2 * halo, stream.shape[1], dtype=self._product)
-        starts = (0, halo, halo + length)
-        for start, rows in zip(starts, (left, stream, right)):
-            out = normed[start : start + len(rows)]
-            rms_norm(rows, branch.norm_weight, branch.norm_eps, out=out)
+        rows = len(left) + len(stream) + len(right)
+        normed = stream.new_empty(rows, stream.shape[1], dtype=self._product)
+        halos = {"left": left.contiguous(), "right": right.contiguous()}
+        rms_norm(stream, branch.norm_weight, branch.norm_eps, out=normed, **halos)
         return normed[None]
 
     def _scan(self, branch: "_Branch", rows: Tensor, halo: int, first: Tensor | None) -> Scanned:
@@ -114,13 +113,13 @@ class CudaBlock:
 
     def _add(self, stream: Tensor, outputs: list[Tensor]) -> None:
         """Add what the branches give, each (T, E), to the stream (T, D), in place."""
-        if self._stream_scale != 1:
-            stream.mul_(self._stream_scale)
+        factor = self._stream_scale
         for y, branch in zip(outputs, self._branches):
             if self._product == stream.dtype:
-                stream.addmm_(y, branch.out_proj.T)
+                stream.addmm_(y, branch.out_proj.T, beta=factor)
             else:
-                stream.add_(y @ branch.out_proj.T)
+                add_product(stream, y, branch.out_proj, factor=factor)
+            factor = 1
 
 
 @dataclass(frozen=True, slots=True)

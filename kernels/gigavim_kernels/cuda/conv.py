@@ -13,6 +13,32 @@ from gigavim_kernels.cuda.launch import SIZES, on_device_of, options, reverse_bi
 BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
 
 
+@triton.jit
+def convolved(
+    p_x: tl.tensor,  # of a sequence, at token 0 of those convolved
+    p_weight: tl.tensor,  # (E, K)
+    p_bias: tl.tensor,  # (E,)
+    o_t: tl.tensor,
+    o_e: tl.tensor,
+    m_e: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    sense: tl.tensor,
+    s_xt: tl.tensor,
+    K: tl.constexpr,
+) -> tl.tensor:
+    """A tile of tokens o_t and channels o_e, with SiLU; tokens before first and from end are 0."""
+    bias = tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)
+    y = tl.zeros([o_t.shape[0], o_e.shape[0]], tl.float32) + bias[None, :]
+    for k in tl.static_range(K):
+        o_in = o_t + sense * (k - (K - 1))
+        m = ((o_in >= first) & (o_in < end))[:, None] & m_e[None, :]
+        weight = tl.load(p_weight + o_e * K + k, mask=m_e, other=0.0).to(tl.float32)
+        x = tl.load(p_x + o_in[:, None] * s_xt + o_e[None, :], mask=m, other=0.0)
+        y += x.to(tl.float32) * weight[None, :]
+    return y * sigmoid(y)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _conv(
     p_x: tl.tensor,
@@ -42,15 +68,10 @@ def _conv(
     m_out = (o_t < length)[:, None] & m_e[None, :]
     for i_s in tl.static_range(S):
         sense = 1 - 2 * ((reverse >> i_s) & 1)
-        bias = tl.load(p_bias + i_s * E + o_e, mask=m_e, other=0.0).to(tl.float32)
-        y = tl.zeros([BT, BE], tl.float32) + bias[None, :]
-        for k in tl.static_range(K):
-            o_in = o_t + sense * (k - (K - 1))
-            m = ((o_in >= -before) & (o_in < length + after))[:, None] & m_e[None, :]
-            p = p_x + i_b * s_xb + o_in[:, None] * s_xt + o_e[None, :]
-            weight = tl.load(p_weight + (i_s * E + o_e) * K + k, mask=m_e, other=0.0)
-            y += tl.load(p, mask=m, other=0.0).to(tl.float32) * weight.to(tl.float32)[None, :]
-        y *= sigmoid(y)
+        y = convolved(
+            p_x + i_b * s_xb, p_weight + i_s * E * K, p_bias + i_s * E, o_t, o_e, m_e,
+            -before, length + after, sense, s_xt, K,
+        )  # fmt: skip
         o_out = ((i_s * batch + i_b) * length + o_t) * E
         tl.store(p_y + o_out[:, None] + o_e[None, :], y.to(p_y.dtype.element_ty), mask=m_out)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels.cuda.conv import convolve
+from gigavim_kernels.cuda.project import convolve_and_project
 from gigavim_kernels.naive import spread_rates
 from gigavim_kernels.weights import Direction
 
@@ -89,8 +90,8 @@ class ScanInputs(NamedTuple):
     """(S, B, T, E), before bias and softplus."""
     bc: Tensor
     """(S, B, T, 2 N) float32: B and C of a token, one after the other."""
-    low: Tensor
-    """(S, B T, R), what dt is a product of."""
+    low: Tensor | None
+    """(S, B, T, R), what dt is a product of, if it was to be kept."""
 
 
 def stack(directions: Sequence[Direction]) -> Directions:
@@ -119,18 +120,25 @@ def compact_rates(directions: Sequence[Direction]) -> tuple[Direction, ...]:
     return tied
 
 
-def scan_inputs(d: Directions, x: Tensor, *, before: int, after: int) -> ScanInputs:
+def scan_inputs(
+    d: Directions, x: Tensor, *, before: int, after: int, keep_low: bool = False
+) -> ScanInputs:
     """Convolve and project inner rows x (B, before + T + after, E) for the T tokens in between.
 
     The weights of the products, x_proj and dt_weight, have the dtype of x.
     """
-    c = convolve(x, d.conv_weight, d.conv_bias, reverse=d.reverse_conv, before=before, after=after)
-    projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT)  # (S, B T, R + 2 N)
-    rank = d.dt_weight.shape[2]
-    low = projected[:, :, :rank]
-    dt = torch.bmm(low, d.dt_weight.mT)
-    bc = projected[:, :, rank:].float().contiguous()
-    return ScanInputs(c, dt.view(c.shape), bc.view(*c.shape[:3], bc.shape[2]), low)
+    weight, bias, reverse = d.conv_weight, d.conv_bias, d.reverse_conv
+    if x.element_size() == 2:
+        found = convolve_and_project(
+            x, weight, bias, d.x_proj, d.dt_weight,
+            reverse=reverse, before=before, after=after, keep_low=keep_low,
+        )  # fmt: skip
+        return ScanInputs(*found)
+    c = convolve(x, weight, bias, reverse=reverse, before=before, after=after)
+    projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT).view(*c.shape[:3], -1)
+    low, bc = projected.split_with_sizes((d.dt_weight.shape[2], 2 * d.states), -1)
+    dt = torch.bmm(low.flatten(1, 2), d.dt_weight.mT)
+    return ScanInputs(c, dt.view(c.shape), bc.contiguous(), low)
 
 
 def _pad_rank(direction: Direction) -> tuple[Tensor, Tensor]:

@@ -177,7 +177,8 @@ def _chunk_gradients(
     d, width = branch.directions, branch.width
     rows = _rows(branch, stream, chunk)
     x, z = rows.xz[:, :, :width], rows.xz[:, rows.tokens, width:]
-    c, dt, bc, low = scan_inputs(d, x, before=rows.before, after=rows.after)
+    c, dt, bc, low = scan_inputs(d, x, before=rows.before, after=rows.after, keep_low=True)
+    assert low is not None
     found = scan(c, dt, d.A, bc, d.D, z, d.dt_bias, entry, reverse=d.reverse, mark=True)
     grad = grad.to(branch.out_proj.dtype).contiguous()
     d_y = grad @ branch.out_proj  # (B, T, E)
