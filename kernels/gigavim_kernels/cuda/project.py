@@ -17,7 +17,7 @@ from gigavim_kernels.cuda.arithmetic import multiplied
 from gigavim_kernels.cuda.conv import convolved
 from gigavim_kernels.cuda.launch import SIZES, on_device_of, options, reverse_bits
 
-BLOCK_TOKENS, BLOCK_CHANNELS, WARPS = 64, 64, 4
+BLOCK_TOKENS, BLOCK_CHANNELS, WARPS, STAGES = 64, 64, 4, 2
 SMALLEST_PRODUCT = 16
 """Rows and columns that the matrix units take at least."""
 
@@ -47,8 +47,8 @@ def _project(
     K: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
+    BP: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     i_s = tl.program_id(0) % S
     i_tile = tl.program_id(0) // S  # over (B, tiles of tokens)
@@ -56,38 +56,38 @@ def _project(
     i_b = (i_tile // tl.cdiv(length, BT)).to(tl.int64)
     sense = 1 - 2 * ((reverse >> i_s) & 1)
     o_t = i_t * BT + tl.arange(0, BT)
-    m_t = (o_t < length)[:, None]
-    o_r, o_n = tl.arange(0, BR), tl.arange(0, BN)
-    m_r, m_n = (o_r < R)[None, :], (o_n < N2)[None, :]
+    m_t = o_t < length
+    o_p = tl.arange(0, BP)
     o_row = (i_s * batch + i_b) * length + o_t
     p_x_proj += i_s * (R + N2) * E
-    low = tl.zeros([BT, BR], tl.float32)
-    bc = tl.zeros([BT, BN], tl.float32)
-    for e in range(0, E, BE):
+    projected = tl.zeros([BP, BT], tl.float32)
+    for e in tl.range(0, E, BE, num_stages=STAGES):
         o_e = e + tl.arange(0, BE)
         m_e = o_e < E
-        y = convolved(
+        c = convolved(
             p_x + i_b * s_xb, p_weight + i_s * E * K, p_bias + i_s * E, o_t, o_e, m_e,
             -before, length + after, sense, s_xt, K,
         ).to(p_c.dtype.element_ty)  # fmt: skip
-        tl.store(p_c + o_row[:, None] * E + o_e[None, :], y, mask=m_t & m_e[None, :])
-        p_w = p_x_proj + o_e[:, None]
-        w = tl.load(p_w + o_r[None, :] * E, mask=m_e[:, None] & m_r, other=0.0)
-        low = multiplied(y, w, low)
-        w = tl.load(p_w + (R + o_n)[None, :] * E, mask=m_e[:, None] & m_n, other=0.0)
-        bc = multiplied(y, w, bc)
-    tl.store(p_bc + o_row[:, None] * N2 + o_n[None, :], bc, mask=m_t & m_n)
-    rounded = low.to(p_dt.dtype.element_ty)
+        tl.store(p_c + o_row[:, None] * E + o_e[None, :], c, mask=m_t[:, None] & m_e[None, :])
+        m = (o_p < R + N2)[:, None] & m_e[None, :]
+        w = tl.load(p_x_proj + o_p[:, None] * E + o_e[None, :], mask=m, other=0.0)
+        # As the right operand, c comes from shared memory. As the left one it would be convolved
+        # twice, since the store wants it in other lanes than the product.
+        projected = multiplied(w, tl.trans(c), projected)
+    m = ((o_p >= R) & (o_p < R + N2))[:, None] & m_t[None, :]
+    tl.store(p_bc + o_row[None, :] * N2 + (o_p - R)[:, None], projected, mask=m)
+    low = tl.where((o_p < R)[:, None], projected, 0.0).to(p_dt.dtype.element_ty)
     if p_low is not None:
-        tl.store(p_low + o_row[:, None] * R + o_r[None, :], rounded, mask=m_t & m_r)
+        m = (o_p < R)[:, None] & m_t[None, :]
+        tl.store(p_low + o_row[None, :] * R + o_p[:, None], low, mask=m)
+    low = tl.trans(low)
     for e in range(0, E, BE):
         o_e = e + tl.arange(0, BE)
         m_e = (o_e < E)[None, :]
-        p_w = p_dt_weight + (i_s * E + o_e)[None, :] * R + o_r[:, None]
-        w = tl.load(p_w, mask=m_e & (o_r < R)[:, None], other=0.0)
-        dt = multiplied(rounded, w, tl.zeros([BT, BE], tl.float32))
-        o_out = o_row[:, None] * E + o_e[None, :]
-        tl.store(p_dt + o_out, dt.to(p_dt.dtype.element_ty), mask=m_t & m_e)
+        p_w = p_dt_weight + (i_s * E + o_e)[None, :] * R + o_p[:, None]
+        w = tl.load(p_w, mask=m_e & (o_p < R)[:, None], other=0.0)
+        dt = multiplied(low, w, tl.zeros([BT, BE], tl.float32)).to(p_dt.dtype.element_ty)
+        tl.store(p_dt + o_row[:, None] * E + o_e[None, :], dt, mask=m_t[:, None] & m_e)
 
 
 def convolve_and_project(
@@ -130,7 +130,7 @@ def convolve_and_project(
             rows[:, before:], weight, bias, x_proj, dt_weight, c, dt, bc, low,
             batch, length, before, after, *rows.stride()[:2], reverse_bits(reverse),
             S=count, E=channels, R=rank, N2=both, K=taps, BT=BLOCK_TOKENS, BE=BLOCK_CHANNELS,
-            BR=max(SMALLEST_PRODUCT, triton.next_power_of_2(rank)),
-            BN=max(SMALLEST_PRODUCT, triton.next_power_of_2(both)), **options(WARPS),
+            BP=max(SMALLEST_PRODUCT, triton.next_power_of_2(rank + both)), STAGES=STAGES,
+            **options(WARPS),
         )  # fmt: skip
     return c, dt, bc, low
