@@ -7,41 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gigavim_kernels.cuda.arithmetic import sigmoid
+from gigavim_kernels.cuda.arithmetic import channels, sigmoid
 from gigavim_kernels.cuda.launch import SIZES, on_device_of, options, reverse_bits
 
 BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
 
 
-@triton.jit
-def convolved(
-    p_x: tl.tensor,  # of a sequence, at token 0 of those convolved
-    p_weight: tl.tensor,  # (E, K)
-    p_bias: tl.tensor,  # (E,)
-    o_t: tl.tensor,
-    o_e: tl.tensor,
-    m_e: tl.tensor,
-    first: tl.tensor,
-    end: tl.tensor,
-    sense: tl.tensor,
-    s_xt: tl.tensor,
-    K: tl.constexpr,
-) -> tl.tensor:
-    """A tile of tokens o_t and channels o_e, with SiLU; tokens before first and from end are 0."""
-    bias = tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)
-    y = tl.zeros([o_t.shape[0], o_e.shape[0]], tl.float32) + bias[None, :]
-    for k in tl.static_range(K):
-        o_in = o_t + sense * (k - (K - 1))
-        m = ((o_in >= first) & (o_in < end))[:, None] & m_e[None, :]
-        weight = tl.load(p_weight + o_e * K + k, mask=m_e, other=0.0).to(tl.float32)
-        x = tl.load(p_x + o_in[:, None] * s_xt + o_e[None, :], mask=m, other=0.0)
-        y += x.to(tl.float32) * weight[None, :]
-    return y * sigmoid(y)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _conv(
-    p_x: tl.tensor,
+    p_x: tl.tensor,  # at token 0 of those convolved
     p_weight: tl.tensor,  # (S, E, K)
     p_bias: tl.tensor,  # (S, E)
     p_y: tl.tensor,  # (S, B, L, E)
@@ -49,31 +23,45 @@ def _conv(
     length: tl.tensor,
     before: tl.tensor,
     after: tl.tensor,
-    E: tl.tensor,
     s_xb: tl.tensor,
     s_xt: tl.tensor,
-    reverse: tl.tensor,
+    REVERSED: tl.constexpr,
     S: tl.constexpr,
+    E: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
 ) -> None:
+    """Each row is loaded once for all convolutions: K of them in a row give a causal one's last
+    token and an anti-causal one's first."""
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
     i_tile = tl.program_id(0) // tl.cdiv(E, BE)  # over (B, tiles of tokens)
-    i_t = (i_tile % tl.cdiv(length, BT)).to(tl.int64)
-    i_b = (i_tile // tl.cdiv(length, BT)).to(tl.int64)
-    o_e = i_e * BE + tl.arange(0, BE)
-    m_e = o_e < E
-    o_t = i_t * BT + tl.arange(0, BT)
-    m_out = (o_t < length)[:, None] & m_e[None, :]
+    tiles = tl.cdiv(length + K - 1, BT)
+    first = (i_tile % tiles).to(tl.int64) * BT
+    i_b = (i_tile // tiles).to(tl.int64)
+    o_e = channels(i_e, E, BE)
+    whole = tl.full([BE], 1, tl.int1)
+    rows = ()
+    for j in tl.static_range(BT + K - 1):
+        t = first + j - (K - 1)
+        p = p_x + i_b * s_xb + t * s_xt + o_e
+        m = whole & (t >= -before) & (t < length + after)
+        rows = rows + (tl.load(p, mask=m, other=0.0),)  # noqa: RUF005
     for i_s in tl.static_range(S):
-        sense = 1 - 2 * ((reverse >> i_s) & 1)
-        y = convolved(
-            p_x + i_b * s_xb, p_weight + i_s * E * K, p_bias + i_s * E, o_t, o_e, m_e,
-            -before, length + after, sense, s_xt, K,
-        )  # fmt: skip
-        o_out = ((i_s * batch + i_b) * length + o_t) * E
-        tl.store(p_y + o_out[:, None] + o_e[None, :], y.to(p_y.dtype.element_ty), mask=m_out)
+        bias = tl.load(p_bias + i_s * E + o_e).to(tl.float32)
+        taps = ()
+        for k in tl.static_range(K):
+            p = p_weight + (i_s * E + o_e) * K + ((K - 1 - k) if (REVERSED >> i_s) & 1 else k)
+            taps = taps + (tl.load(p).to(tl.float32),)  # noqa: RUF005
+        p_out = p_y + (i_s * batch + i_b) * length * E + o_e
+        for j in tl.static_range(BT):
+            t = first + j - ((K - 1) if (REVERSED >> i_s) & 1 else 0)
+            y = bias
+            for k in tl.static_range(K):
+                y += rows[j + k].to(tl.float32) * taps[k]
+            y *= sigmoid(y)
+            m = whole & (t >= 0) & (t < length)
+            tl.store(p_out + t * E, y.to(p_y.dtype.element_ty), mask=m)
 
 
 def convolve(
@@ -96,17 +84,17 @@ def convolve(
     Returns:
         (S, B, L, E) in the dtype of the rows.
     """
-    batch, padded, channels = rows.shape
+    batch, padded, width = rows.shape
     length = padded - before - after
     count, _, taps = weight.shape
-    y = torch.empty(count, batch, length, channels, dtype=rows.dtype, device=rows.device)
+    y = torch.empty(count, batch, length, width, dtype=rows.dtype, device=rows.device)
     if y.numel() == 0:
         return y
-    tiles = batch * -(-length // BLOCK_TOKENS) * -(-channels // BLOCK_CHANNELS)
+    tiles = batch * -(-(length + taps - 1) // BLOCK_TOKENS)
     with on_device_of(rows):
-        _conv[(tiles,)](
-            rows[:, before:], weight, bias, y, batch, length, before, after, channels,
-            *rows.stride()[:2], reverse_bits(reverse),
-            S=count, K=taps, BT=BLOCK_TOKENS, BE=BLOCK_CHANNELS, **options(4),
+        _conv[(tiles * -(-width // BLOCK_CHANNELS),)](
+            rows[:, before:], weight, bias, y, batch, length, before, after, *rows.stride()[:2],
+            REVERSED=reverse_bits(reverse), S=count, E=width, K=taps, BT=BLOCK_TOKENS,
+            BE=BLOCK_CHANNELS, **options(1),
         )  # fmt: skip
     return y

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels.cuda.conv import convolve
-from gigavim_kernels.cuda.project import convolve_and_project
+from gigavim_kernels.cuda.project import project
 from gigavim_kernels.naive import spread_rates
 from gigavim_kernels.weights import Direction
 
@@ -127,14 +127,9 @@ def scan_inputs(
 
     The weights of the products, x_proj and dt_weight, have the dtype of x.
     """
-    weight, bias, reverse = d.conv_weight, d.conv_bias, d.reverse_conv
+    c = convolve(x, d.conv_weight, d.conv_bias, reverse=d.reverse_conv, before=before, after=after)
     if x.element_size() == 2:
-        found = convolve_and_project(
-            x, weight, bias, d.x_proj, d.dt_weight,
-            reverse=reverse, before=before, after=after, keep_low=keep_low,
-        )  # fmt: skip
-        return ScanInputs(*found)
-    c = convolve(x, weight, bias, reverse=reverse, before=before, after=after)
+        return ScanInputs(c, *project(c, d.x_proj, d.dt_weight, keep_low=keep_low))
     projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT).view(*c.shape[:3], -1)
     low, bc = projected.split_with_sizes((d.dt_weight.shape[2], 2 * d.states), -1)
     dt = torch.bmm(low.flatten(1, 2), d.dt_weight.mT)
