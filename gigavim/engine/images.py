@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+from gigavim.engine.replay import Replayed
 from gigavim.model.vim import OnStream, Vim
 from gigavim.tokens.order import ScanOrder
 from gigavim_kernels.backends import Precision, prepare_block, resolve_precision
+
+RECORDED_TOKENS = 1 << 17
+"""Of a batch, on a GPU: over more, its kernels take longer than telling it of them."""
 
 
 class ImageEncoder:
@@ -35,6 +39,8 @@ class ImageEncoder:
             prepare_block(block, device=self.device, precision=self.precision, threads=threads)
             for block in encoder.block_weights()
         ]
+        self._norm_weight = encoder.norm_f.weight.detach().to(self.device)
+        self._replayed = Replayed(self._encoded, largest=RECORDED_TOKENS * encoder.config.d_model)
 
     @torch.no_grad()
     def encode(self, tokens: Tensor, *, on_stream: OnStream | None = None) -> Tensor:
@@ -42,16 +48,20 @@ class ImageEncoder:
 
         The stream that `on_stream` is told of changes after the call.
         """
-        stream = tokens.to(self.device, torch.float32, copy=True).contiguous()
+        tokens = tokens.to(self.device, torch.float32).contiguous()
+        if on_stream is None:
+            return self._replayed(tokens)
+        return self._encoded(tokens, on_stream)
+
+    def _encoded(self, tokens: Tensor, on_stream: OnStream | None = None) -> Tensor:
+        stream = tokens.clone()
         notify: OnStream = on_stream or (lambda done, stream: None)
         notify(0, stream)
         for done, kernel in enumerate(self._kernels, 1):
             kernel.apply(stream)
             notify(done, stream)
-        norm = self._encoder.norm_f
-        return torch.nn.functional.rms_norm(
-            stream, stream.shape[-1:], norm.weight.to(self.device), norm.eps
-        )
+        eps = self._encoder.norm_f.eps
+        return torch.nn.functional.rms_norm(stream, stream.shape[-1:], self._norm_weight, eps)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, order: ScanOrder | None = None) -> Tensor:

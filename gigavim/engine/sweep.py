@@ -5,7 +5,7 @@ chunk; left to right, the block itself in place, from the forward state carried 
 edges. A chunk needs of its neighbours only these states and a few rows (the convolution's halo).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from gigavim_kernels.weights import BlockWeights
 
 Progress = Callable[[int], object]
 """Called with a number of tokens that one more block is done with: a progress bar's `update`."""
+BLOCKS_AHEAD = 1
+"""Blocks that a GPU may be told of before the numbers of an earlier one are looked at."""
 
 
 def sweep(
@@ -47,14 +49,24 @@ def sweep(
     device = torch.device(device)
     on_block = on_block or (lambda done: None)
     on_block(0)
-    for i, block in enumerate(blocks):
-        kernel = prepare_block(block, device=device, precision=precision, threads=threads)
-        if not sweep_block(sequence, kernel, device=device, chunk=chunk, progress=progress):
-            raise ModelError(
-                f"block {i} of {len(blocks)}: the numbers are no longer finite: the weights are "
-                f"damaged, or do not bear the precision {precision}: try fp32, or fetch them again"
-            )
+    kernels: Iterable[BlockKernel] = (
+        prepare_block(block, device=device, precision=precision, threads=threads)
+        for block in blocks
+    )
+    if device.type == "cuda":
+        kernels = list(kernels)  # copying weights would wait for the block before
+    waiting: list[Callable[[], bool]] = []
+    for i, kernel in enumerate(kernels):
+        waiting.append(sweep_block(sequence, kernel, device=device, chunk=chunk, progress=progress))
         on_block(i + 1)
+        last = i + 1 == len(blocks)
+        while waiting and (last or len(waiting) > BLOCKS_AHEAD):
+            if not waiting.pop(0)():
+                raise ModelError(
+                    f"block {i - len(waiting)} of {len(blocks)}: the numbers are no longer finite: "
+                    f"the weights are damaged, or do not bear the precision {precision}: try fp32, "
+                    "or fetch them again"
+                )
 
 
 @torch.no_grad()
@@ -65,13 +77,14 @@ def sweep_block(
     device: torch.device,
     chunk: int | None = None,
     progress: Progress | None = None,
-) -> bool:
+) -> Callable[[], bool]:
     """Run one block over the sequence in place.
 
     Returns:
-        Whether the first and last rows of all chunks are finite. That is a check of the whole
-        input, nearly for free: a NaN or infinity anywhere stays in the scan's state and so reaches
-        every later token. One that only this block's output has is found by the next block.
+        A look, which waits for the block only, at whether the first and last rows of all chunks
+        are finite. That is a check of the whole input, nearly for free: a NaN or infinity anywhere
+        stays in the scan's state and so reaches every later token. One that only this block's
+        output has is found by the next block.
     """
     chunk = kernel.chunk if chunk is None else chunk
     if chunk < 1:
@@ -94,7 +107,24 @@ def sweep_block(
         left = before[before.shape[0] - kernel.halo :]
         if progress is not None:
             progress(stop - start)
-    return bool(finite)  # waits for a GPU, so that the host may read the rows
+    look = _look(finite)
+    if sequence.device != finite.device:
+        look()  # the host may read the rows from now on
+    return look
+
+
+def _look(flag: Tensor) -> Callable[[], bool]:
+    """A way to read a flag later without waiting for what a GPU was told to do in between."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+    copied = torch.cuda.current_stream(flag.device).record_event()
+
+    def look() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return look
 
 
 def edge_state_bytes(length: int, blocks: Sequence[BlockWeights], chunk: int) -> int:

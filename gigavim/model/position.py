@@ -24,7 +24,9 @@ def split_table(pos_embed: Tensor, kind: ClassToken) -> tuple[Tensor, Tensor]:
     shifts half of the table of a model with a middle token.
     """
     slots = class_slots(pos_embed.shape[1] - CLASS_TOKENS[kind], kind)
-    return without_class_tokens(pos_embed, kind)[0], pos_embed[0, list(slots)]
+    # Slices: a list of slots would become a tensor of the host, which CUDA graphs cannot copy.
+    own = [pos_embed[0, slot : slot + 1] for slot in slots]
+    return without_class_tokens(pos_embed, kind)[0], torch.cat([pos_embed[0, :0], *own])
 
 
 def grid_position(

@@ -22,3 +22,15 @@ def test_batches_meet_the_model(bidirectional, size):
     with torch.no_grad():
         expected = model(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_batches_give_the_same_bits():
+    torch.manual_seed(0)
+    model = Vim(VimConfig(d_model=32, depth=2, patch_px=8, stride_px=8, grid_hw=(4, 4))).eval()
+    encoder = ImageEncoder(model, device="cuda")
+    batches = [torch.randn(3, 3, *size) for size in [(32, 32), (24, 40)] * 3 for _ in range(2)]
+    plain = [ImageEncoder(model, device="cuda")(images) for images in batches]  # first calls
+    for images, expected in zip(batches, plain, strict=True):
+        assert torch.equal(encoder(images), expected)

@@ -59,7 +59,7 @@ def test_any_chunking_is_exact_in_plain_torch(
     kernel = TorchBlock(block, device=CPU, precision="fp32")
     with TokenSequence(length, WIDTH) as sequence:
         sequence.rows(0, length).copy_(stream)
-        assert sweep_block(sequence, kernel, device=CPU, chunk=chunk)
+        assert sweep_block(sequence, kernel, device=CPU, chunk=chunk)()
         found = sequence.rows(0, length).clone()
     assert error_of(found, reference(stream, block)) <= 1e-5
 

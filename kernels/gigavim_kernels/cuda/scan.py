@@ -18,7 +18,8 @@ from gigavim_kernels.cuda.plan import (
 )
 
 COMBINE_CHANNELS = 128
-COMBINE_UNROLL = 8
+COMBINE_UNROLL = 32
+"""Chunks whose states are on their way at once: a round waits for memory as a whole."""
 STAGES = 4
 """Tokens on their way to shared memory while one is computed, and that one."""
 UNROLL = 2

@@ -124,3 +124,60 @@ def test_two_runs_give_the_same_bits(random_block, device):
     for rows in results:
         kernel.update(rows, halo, halo, *states)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "rank", "states"),
+    [
+        (1, 1, 5, 8, 2),
+        (2, 65, 70, 8, 8),
+        (1, 3, 16, 24, 16),
+        pytest.param(3, 4097, 384, 16, 16, marks=gpu),
+        pytest.param(1, 1001, 1536, 48, 16, marks=gpu),
+    ],
+)
+def test_products_of_convolved_rows(
+    relative_error, device, batch, length, channels, rank, states, dtype
+):
+    from gigavim_kernels.cuda.project import project
+
+    c = torch.randn(2, batch, length, channels).to(dtype)
+    x_proj = torch.randn(2, rank + 2 * states, channels).to(dtype)
+    dt_weight = torch.randn(2, channels, rank).to(dtype)
+    given = (t.to(device) for t in (c, x_proj, dt_weight))
+    dt, bc, low = project(*given, keep_low=True)
+    projected = torch.einsum("sble,spe->sblp", c.double(), x_proj.double())
+    assert bc.dtype == torch.float32
+    assert relative_error(bc.cpu(), projected[..., rank:]) < 1e-5
+    assert relative_error(low.cpu(), projected[..., :rank]) < 1e-2
+    exact = torch.einsum("sblr,ser->sble", low.cpu().double(), dt_weight.double())
+    assert relative_error(dt.cpu(), exact) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "inner"),
+    [(1, 3, 5), (130, 70, 33), (0, 8, 16), pytest.param(9999, 192, 384, marks=gpu)],
+)
+def test_a_product_is_added_in_place(relative_error, device, length, width, inner):
+    from gigavim_kernels.cuda.product import add_product
+
+    wide, weight = torch.randn(length, width + 3), torch.randn(width, inner).bfloat16()
+    y = torch.randn(length, inner).bfloat16()
+    found = wide.clone().to(device)
+    add_product(found[:, :width], y.to(device), weight.to(device), factor=2.0)
+    assert (found[:, width:].cpu() == wide[:, width:]).all()
+    if length:
+        expected = 2 * wide[:, :width].double() + y.double() @ weight.double().T
+        assert relative_error(found[:, :width].cpu(), expected) < 1e-5
+
+
+def test_norm_of_rows_between_others(device):
+    from gigavim_kernels.cuda.norm import rms_norm
+
+    rows, weight = torch.randn(45, 20), torch.rand(20)
+    left, middle, right = rows.split((2, 40, 3))
+    found = torch.full_like(rows, float("nan"), device=device)
+    given = (t.to(device) for t in (middle, weight))
+    rms_norm(*given, 1e-5, out=found, left=left.to(device), right=right.to(device))
+    torch.testing.assert_close(found.cpu(), F.rms_norm(rows, (20,), weight, 1e-5))
