@@ -55,7 +55,7 @@ class Row:
     recipe: Recipe
     make: Callable[[Recipe], nn.Module] = new_model
     goes_on_from: str | None = None
-    """The row whose weights it starts from, at a third of the learning rate."""
+    """The row whose weights, where they fit, it starts from, at a third of the learning rate."""
     is_image_level: bool = False
 
 
@@ -199,7 +199,7 @@ def train(row: Row, atlas: Atlas, start: nn.Module | None) -> tuple[nn.Module, l
     torch.manual_seed(row.recipe.schedule.seed)
     model = row.make(row.recipe).to(device)
     if start is not None:
-        model.load_state_dict(start.state_dict())
+        take_over(model, start)
     if isinstance(model, SegmentationModel):
         if start is None:
             generator = Generator(device).manual_seed(row.recipe.schedule.seed)
@@ -223,6 +223,13 @@ def train(row: Row, atlas: Atlas, start: nn.Module | None) -> tuple[nn.Module, l
     loop.train(model.train(), canvases, progress, objective, on_step=count)
     model.load_state_dict(progress.average)
     return model.eval(), progress, pixels
+
+
+def take_over(model: nn.Module, start: nn.Module) -> None:
+    """Load the weights that another model has in the same shape: of another stride, the encoder."""
+    own, given = model.state_dict(), start.state_dict()
+    fitting = {name: w for name, w in given.items() if name in own and own[name].shape == w.shape}
+    model.load_state_dict(own | fitting)
 
 
 def measure(

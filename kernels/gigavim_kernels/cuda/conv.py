@@ -10,7 +10,7 @@ from torch import Tensor
 from gigavim_kernels.cuda.arithmetic import channels, sigmoid
 from gigavim_kernels.cuda.launch import SIZES, on_device_of, options, reverse_bits
 
-BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
+BLOCK_TOKENS, BLOCK_CHANNELS = 16, 64
 
 
 @triton.jit(do_not_specialize=SIZES)

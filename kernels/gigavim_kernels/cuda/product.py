@@ -7,7 +7,7 @@ from torch import Tensor
 from gigavim_kernels.cuda.arithmetic import multiplied
 from gigavim_kernels.cuda.launch import SIZES, on_device_of, options
 
-BLOCK_TOKENS, BLOCK_OUT, BLOCK_IN, WARPS, STAGES = 128, 64, 64, 4, 3
+BLOCK_TOKENS, BLOCK_OUT, BLOCK_IN, WARPS, STAGES = 64, 64, 64, 4, 3
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -13,7 +13,7 @@ from torch import Tensor
 from gigavim_kernels.cuda.arithmetic import multiplied
 from gigavim_kernels.cuda.launch import SIZES, on_device_of, options
 
-BLOCK_TOKENS, BLOCK_CHANNELS, WARPS, STAGES = 128, 64, 4, 3
+BLOCK_TOKENS, BLOCK_CHANNELS, WARPS, STAGES = 64, 64, 4, 3
 SMALLEST_PRODUCT = 16
 """Columns that the matrix units take at least."""
 

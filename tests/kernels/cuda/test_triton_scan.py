@@ -50,7 +50,7 @@ def specified(given, reverse):
     ]
     y = torch.stack([found.y for found in per_direction]).sum(0)
     last, decay = (torch.stack([found[i] for found in per_direction]) for i in (1, 2))
-    return y, last, decay
+    return y, last, decay.float()  # of many tokens it may be below the least of float32
 
 
 BOTH, FORWARD, REVERSE = (False, True), (False,), (True,)
