@@ -192,10 +192,12 @@ def main() -> None:
         ("Encoders over images, bfloat16", compare(sizes, device)),
         ("Vim-Ti over one sequence, bfloat16", long_sequences(lengths, device)),
     ):
-        results[title] = list(rows)
+        results[title] = []
+        for row in rows:
+            results[title].append(row)
+            if options.json is not None:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
         table(title, results[title])
-        if options.json is not None:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot is not None:
         plot(results["Encoders over images, bfloat16"], options.plot)
 

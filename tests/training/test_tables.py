@@ -6,9 +6,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from gigavim.training.pack import read_pictures, write_pack
 from gigavim.training.recipe import Recipe
+from gigavim.training.run import new_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import quality
@@ -70,3 +72,11 @@ def test_peers_that_are_not_installed_are_left_out(packed, tmp_path, monkeypatch
     ])  # fmt: skip
     (row,) = json.loads(out.read_text())["rows"].values()
     assert "monai" in row["left out"]
+
+
+def test_another_stride_goes_on_from_the_encoder(recipe):
+    head = quality.with_parts(recipe, model={"head": "fpn", "head_width": 8})
+    coarse, fine = (new_model(row.recipe) for row in quality.strides(head)[1:3])
+    quality.take_over(fine, coarse)
+    given = coarse.encoder.state_dict()
+    assert all(torch.equal(w, given[name]) for name, w in fine.encoder.state_dict().items())
