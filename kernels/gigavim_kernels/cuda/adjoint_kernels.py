@@ -89,7 +89,10 @@ def chunk_adjoints(
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """dL/dh at the entry of one chunk if nothing came from behind its exit; its sum of steps."""
+    """dL/dh at the entry of one chunk if nothing came from behind its exit; its sum of steps.
+
+    In scan order, as a sum: what a token gives has decayed by the steps up to it.
+    """
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
     i_chunk = (tl.program_id(0) // tl.cdiv(E, BE)).to(tl.int64)  # over (B, K)
     i_k = i_chunk % chunks
@@ -101,13 +104,13 @@ def chunk_adjoints(
 
     start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
-    last = start + (1 - reverse) * (steps - 1)
-    sense = 2 * reverse - 1
-    p_dy += (i_b * length + last) * E
-    p_dt += i_b * s_dtb + last * s_dtt
-    p_bc += (i_b * length + last) * 2 * N
+    first = start + reverse * (steps - 1)
+    sense = 1 - 2 * reverse
+    p_dy += (i_b * length + first) * E
+    p_dt += i_b * s_dtb + first * s_dtt
+    p_bc += (i_b * length + first) * 2 * N
     if p_z is not None:
-        p_z += i_b * s_zb + last * s_zt
+        p_z += i_b * s_zb + first * s_zt
     total = tl.zeros([BE], tl.float32)
     adjoint = tl.zeros([N, BE], tl.float32)
     for _ in tl.range(0, steps, num_stages=STAGES, loop_unroll_factor=UNROLL):
@@ -119,8 +122,8 @@ def chunk_adjoints(
             g *= z * sigmoid(z)
             p_z += sense * s_zt
         delta = softplus(dt + bias)
-        adjoint = decays(a, delta, N, TIED) * (adjoint + g[None, :] * c[:, None])
         total += delta
+        adjoint += decays(a, total, N, TIED, g) * c[:, None]
         p_dy += sense * E
         p_dt += sense * s_dtt
         p_bc += sense * 2 * N

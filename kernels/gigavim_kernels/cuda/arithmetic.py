@@ -123,8 +123,10 @@ def _below(row: tl.tensor, DIMS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def decays(a: tl.tensor, delta: tl.tensor, N: tl.constexpr, TIED: tl.constexpr) -> tl.tensor:
-    """exp(A delta), a tile (N, BE); a is what `load_rates` returned.
+def decays(
+    a: tl.tensor, delta: tl.tensor, N: tl.constexpr, TIED: tl.constexpr, factor: tl.tensor = None
+) -> tl.tensor:
+    """exp(A delta), a tile (N, BE), times a row if given; a is what `load_rates` returned.
 
     If TIED, state n decays n + 1 times as fast as state 0. The decays of the states 0, 4, 8, ...
     are exponentials, the others products of them with the first one's powers: no more than four
@@ -138,6 +140,8 @@ def decays(a: tl.tensor, delta: tl.tensor, N: tl.constexpr, TIED: tl.constexpr) 
             if (N >> s) >= 8:
                 tile = tl.join(tile, tile + (N >> (s + 1)) * _below(step, s))
         tile = tl.exp2(tile)
+        if factor is not None:  # here a quarter of the tile
+            tile *= _below(factor, len(tile.shape) - 1)
         if N >= 4:
             tile = tl.join(tile, tile * _below(power * power, len(tile.shape) - 1))
         if N >= 2:
@@ -145,6 +149,8 @@ def decays(a: tl.tensor, delta: tl.tensor, N: tl.constexpr, TIED: tl.constexpr) 
         found = tl.trans(tl.reshape(tile, (delta.shape[0], N)))
     else:
         found = tl.exp2(a * delta[None, :])
+        if factor is not None:
+            found *= factor[None, :]
     return found
 
 

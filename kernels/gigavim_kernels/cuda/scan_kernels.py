@@ -61,7 +61,11 @@ def chunk_ends(
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """End state and sum of steps of one chunk, entered with a state of zero."""
+    """End state and sum of steps of one chunk, entered with a state of zero.
+
+    From its last token to its first: what a token adds to the end state has decayed by the steps
+    after it, whose sum is known here. Of tied rates a third of the products of a recurrence go.
+    """
     i_e = tl.program_id(0) % tl.cdiv(E, BE)
     i_chunk = (tl.program_id(0) // tl.cdiv(E, BE)).to(tl.int64)  # over (S, B, K)
     i_k = i_chunk % chunks
@@ -75,11 +79,11 @@ def chunk_ends(
     start = i_k * chunk
     steps = tl.minimum(chunk, length - start).to(tl.int32)
     backward = (reverse >> i_s) & 1
-    first = start + backward * (steps - 1)
-    sense = 1 - 2 * backward
-    p_x += i_s * s_xs + i_b * s_xb + first * s_xt
-    p_dt += i_s * s_dts + i_b * s_dtb + first * s_dtt
-    p_bc += ((i_s * batch + i_b) * length + first) * 2 * N
+    last = start + (1 - backward) * (steps - 1)
+    sense = 2 * backward - 1
+    p_x += i_s * s_xs + i_b * s_xb + last * s_xt
+    p_dt += i_s * s_dts + i_b * s_dtb + last * s_dtt
+    p_bc += ((i_s * batch + i_b) * length + last) * 2 * N
     total = tl.zeros([BE], tl.float32)
     h = tl.zeros([N, BE], tl.float32)
     for _ in tl.range(0, steps, num_stages=STAGES, loop_unroll_factor=UNROLL):
@@ -87,7 +91,7 @@ def chunk_ends(
         dt = tl.load(p_dt + o_e).to(tl.float32)
         b, _c = halves(tl.load(p_bc + tl.arange(0, 2 * N)), N)
         delta = softplus(dt + bias)
-        h = advance(h, a, delta, x, b, N, TIED)
+        h += decays(a, total, N, TIED, delta * x) * b[:, None]
         total += delta
         p_x += sense * s_xt
         p_dt += sense * s_dtt
