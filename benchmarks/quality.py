@@ -83,7 +83,8 @@ class DeiTTiny(nn.Module):
             img_size=256, patch_size=patch_px, embed_dim=192, depth=12, num_heads=3, num_classes=0,
             class_token=False, global_pool="", dynamic_img_size=True, drop_path_rate=0.1,
         )  # fmt: skip
-        self.head = LinearHead(VimConfig(d_model=192, depth=12, patch_px=patch_px), classes)
+        config = VimConfig(d_model=192, depth=12, patch_px=patch_px, stride_px=patch_px)
+        self.head = LinearHead(config, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to logits (B, classes, H, W)."""
