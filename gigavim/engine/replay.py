@@ -5,7 +5,6 @@ thousand tokens; a recorded graph of hundreds is told of once.
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[Tensor], Tensor]
 SHAPES = 4
-"""Graphs kept at most, those used last: each holds on to the memory of its work."""
+"""Graphs at most: each holds on to the memory of its work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +29,8 @@ class _Recorded:
 class Replayed:
     """Some work on one tensor, with the same results.
 
-    The second input of a shape on a CUDA device is recorded, and replayed from then on. Where
-    recording fails, everything stays plain.
+    The second input of a shape on a CUDA device is recorded, and replayed from then on, for the
+    first few shapes. Where recording fails, everything stays plain.
 
     Args:
         work: without side effects, and without a look at numbers from the host.
@@ -41,27 +40,27 @@ class Replayed:
     def __init__(self, work: Work, *, largest: int) -> None:
         self._work, self._largest = work, largest
         self._seen: set[tuple[int, ...]] = set()
-        self._recorded: OrderedDict[tuple[int, ...], _Recorded] = OrderedDict()
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}
 
     def __call__(self, given: Tensor) -> Tensor:
         """What the work returns."""
         shape = tuple(given.shape)
         if given.device.type != "cuda" or not 0 < given.numel() <= self._largest:
             return self._work(given)
-        if shape not in self._recorded:
-            if shape not in self._seen:  # the first call compiles the kernels
-                self._seen.add(shape)
-                return self._work(given)
-            if not self._record(given):
-                return self._work(given)
-        recorded = self._recorded[shape]
-        self._recorded.move_to_end(shape)
+        # The first call compiles the kernels.
+        if shape in self._seen and shape not in self._recorded and len(self._recorded) < SHAPES:
+            self._record(given)
+        self._seen.add(shape)
+        recorded = self._recorded.get(shape)
+        if recorded is None:
+            return self._work(given)
         recorded.given.copy_(given)
         recorded.graph.replay()
         return recorded.found.clone()
 
-    def _record(self, given: Tensor) -> bool:
-        graph, kept = torch.cuda.CUDAGraph(), given.clone()
+    def _record(self, given: Tensor) -> None:
+        with torch.inference_mode(False):  # such a tensor may be written to in any mode
+            graph, kept = torch.cuda.CUDAGraph(), given.clone()
         torch.cuda.synchronize(given.device)
         try:
             with torch.cuda.device(given.device), torch.cuda.graph(graph):
@@ -71,8 +70,5 @@ class Replayed:
             self._recorded.clear()
             reason = str(error).splitlines()[0]
             log.warning("short work cannot be recorded as CUDA graphs (%s): it is slower", reason)
-            return False
+            return
         self._recorded[tuple(given.shape)] = _Recorded(graph, kept, found)
-        while len(self._recorded) > SHAPES:
-            self._recorded.popitem(last=False)
-        return True

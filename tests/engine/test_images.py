@@ -32,5 +32,6 @@ def test_recorded_batches_give_the_same_bits():
     encoder = ImageEncoder(model, device="cuda")
     batches = [torch.randn(3, 3, *size) for size in [(32, 32), (24, 40)] * 3 for _ in range(2)]
     plain = [ImageEncoder(model, device="cuda")(images) for images in batches]  # first calls
-    for images, expected in zip(batches, plain, strict=True):
-        assert torch.equal(encoder(images), expected)
+    for i, (images, expected) in enumerate(zip(batches, plain, strict=True)):
+        with torch.inference_mode(mode=i % 3 == 0):
+            assert torch.equal(encoder(images), expected)
