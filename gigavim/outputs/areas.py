@@ -17,6 +17,7 @@ def write_areas(
     path: str | Path,
     *,
     slide: str,
+    class_pixels: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one row per class: slide, class, pixels, share of the map, area, area of its regions.
@@ -26,7 +27,7 @@ def write_areas(
     Raises:
         OutputError: the file exists or cannot be written.
     """
-    table = summarize(labels, frame, classes)["classes"]
+    table = summarize(labels, frame, classes, class_pixels=class_pixels)["classes"]
     rows = [{"slide": slide, **entry} for entry in table]
     with (
         atomic_path(path, overwrite=overwrite) as partial,

@@ -74,7 +74,11 @@ def summary_of(
     facts = store.info.facts
     timings = {"seconds": {**facts.get("seconds", {}), **(seconds or {})}}
     return summarize(
-        store.labels, store.frame, store.classes, **{**(counts or {}), **facts, **timings}
+        store.labels,
+        store.frame,
+        store.classes,
+        class_pixels=store.info.class_pixels,
+        **{**(counts or {}), **facts, **timings},
     )
 
 
@@ -156,6 +160,7 @@ def _areas(store: "EmbeddingStore", paths: Paths, settings: OutputSettings) -> N
         store.classes,
         paths[0],
         slide=store.info.slide.name,
+        class_pixels=store.info.class_pixels,
         overwrite=True,
     )
 

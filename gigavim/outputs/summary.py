@@ -31,7 +31,12 @@ ROWS_HW = (CHUNK_HW[0], SHARD_COLS)
 
 
 def summarize(
-    labels: LabelMap, frame: MapFrame, classes: Sequence[ClassSpec], **facts: Any
+    labels: LabelMap,
+    frame: MapFrame,
+    classes: Sequence[ClassSpec],
+    *,
+    class_pixels: Sequence[int] | None = None,
+    **facts: Any,
 ) -> dict[str, Any]:
     """Areas and coverage of a label map as plain data, with the caller's facts after them.
 
@@ -43,12 +48,13 @@ def summarize(
         labels: the map; of a `LabelStore` the coverage is told too.
         frame: its placement.
         classes: what its values mean.
+        class_pixels: how many pixels each class has, where that is known; else they are counted.
         **facts: anything `orjson` can write: tokens, seconds by stage, provenance.
 
     Raises:
         OutputError: the map holds a value that is no class.
     """
-    pixels, areas, unit = class_areas(labels, frame, len(classes))
+    pixels, areas, unit = class_areas(labels, frame, len(classes), class_pixels)
     total = max(labels.height * labels.width, 1)
     below = np.zeros((len(classes), len(classes)), bool)
     for value in range(len(classes)):
@@ -87,12 +93,14 @@ def write_summary(summary: dict[str, Any], path: str | Path, *, overwrite: bool 
 
 
 def class_areas(
-    labels: LabelMap, frame: MapFrame, classes: int
+    labels: LabelMap, frame: MapFrame, classes: int, known: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """(classes,) int64 pixels, (classes,) float64 areas, and the areas' unit: "mm2" or "ha"."""
     georeferenced = frame.georeference is not None and bool(frame.georeference.crs_wkt)
     if georeferenced:
         pixels, areas_m2 = _ground_areas(labels, GroundTransform.of(frame))
+    elif known is not None:
+        pixels, areas_m2 = np.asarray(known, np.int64), np.zeros(256)
     else:
         pixels, areas_m2 = _pixels(labels, classes), np.zeros(256)
     if pixels[classes:].any():
@@ -122,14 +130,14 @@ def _pixels(labels: LabelMap, classes: int) -> np.ndarray:
     def count(corner: tuple[int, int]) -> np.ndarray:
         y, x = corner
         window = labels.read(y, min(y + rows, labels.height), x, min(x + cols, labels.width))
-        return _counts(window, classes)
+        return count_labels(window, classes)
 
     corners = [(y, x) for y in range(0, labels.height, rows) for x in range(0, labels.width, cols)]
     with ThreadPoolExecutor(READERS, thread_name_prefix="gigavim-summary") as pool:
         return sum(pool.map(count, corners), np.zeros(256, np.int64))
 
 
-def _counts(values: np.ndarray, classes: int) -> np.ndarray:
+def count_labels(values: np.ndarray, classes: int) -> np.ndarray:
     """(256,) int64, how often each value occurs."""
     counts = np.zeros(256, np.int64)
     if classes <= FEW_CLASSES:  # five times as fast

@@ -19,6 +19,7 @@ from gigavim.names import as_text
 from gigavim.outputs.arrays import write_array
 from gigavim.outputs.atomic import explained, sync_tree
 from gigavim.outputs.labels import CHUNK_HW, Coverage, LabelStore
+from gigavim.outputs.summary import count_labels
 from gigavim.pipeline import Job, Stopwatch, Swept
 from gigavim.progress import Progress
 from gigavim.provenance import provenance
@@ -58,13 +59,16 @@ def build_store(
     with explained(folder):
         root = zarr.create_group(folder, overwrite=True)
         pools: tuple[int, ...] = ()
-        with watch.stage("decode"):
-            _write_labels(folder / "map", job, run, progress)
-        with watch.stage("store"):
-            _write_pictures(root, job.tissue.mask, run.picture)
-            if content.embeddings:
-                pools = _write_embeddings(folder, root, job, run, content, progress)
-        layout.write_info(root, _info(job, settings, run, content, pools, watch))
+        with Crew() as crew:
+            with watch.stage("store"):
+                _write_pictures(root, job.tissue.mask, run.picture)
+                if content.embeddings:
+                    pools = _write_embeddings(root, job, run, content, progress, crew)
+                    for part in ("tokens", "pooled") if pools else ("tokens",):
+                        crew.do(sync_tree, folder / part)  # while the map is decoded
+            with watch.stage("decode"):
+                pixels = _write_labels(folder / "map", job, run, progress)
+        layout.write_info(root, _info(job, settings, run, content, pools, pixels, watch))
     return EmbeddingStore.open(folder)
 
 
@@ -87,8 +91,10 @@ def _made(labels: LabelStore, job: Job) -> Iterator[LabelStrip]:
         yield LabelStrip(y, strip, int((index[row : row + step] >= 0).sum()))
 
 
-def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> None:
+def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> tuple[int, ...] | None:
+    """Write the map and its coverage; the pixels of each class, if it holds nothing else."""
     grid, frame = job.grid, job.grid.frame
+    pixels, classes = np.zeros(256, np.int64), len(job.choice.card.classes)
     labels = LabelStore.create(
         folder,
         height=frame.height_px,
@@ -103,11 +109,13 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> Non
     ):
         for strip in decoded(job, run):
             labels.write_rows(strip.y, strip.labels)
+            pixels += count_labels(strip.labels, classes)
             advance(strip.tokens)
     labels.flush()
     coverage = np.where(job.selection.index >= 0, Coverage.PREDICTED, Coverage.SKIPPED)
     coverage[run.unreadable] = Coverage.UNREADABLE
     labels.write_coverage(0, 0, coverage.astype(np.uint8))
+    return None if pixels[classes:].any() else tuple(pixels[:classes].tolist())
 
 
 def _features(job: Job, run: Swept) -> Gather:
@@ -135,7 +143,7 @@ def _write_pictures(
 
 
 def _write_embeddings(
-    folder: Path, root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress
+    root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress, crew: Crew
 ) -> tuple[int, ...]:
     model, grid = job.choice.model, job.grid
     gather, head = _features(job, run), model.head
@@ -155,7 +163,6 @@ def _write_embeddings(
         torch.inference_mode(),
         one_thread(),
         progress.stage("store", len(job.selection), "tokens") as advance,
-        Crew() as crew,
     ):
         writer = TokenWriter(
             root, run.sequence, model, grid, job.selection, dtype=content.dtype,
@@ -163,7 +170,6 @@ def _write_embeddings(
         )  # fmt: skip
         share = 0.5 if pools else 1.0
         writer.write(lambda tokens: advance(tokens * share))
-        crew.do(sync_tree, folder / "tokens")  # the disk works while more is made
         if pools:
             write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)))
         writer.finish()
@@ -176,6 +182,7 @@ def _info(
     run: Swept,
     content: Content,
     pools: tuple[int, ...],
+    class_pixels: tuple[int, ...] | None,
     watch: Stopwatch,
 ) -> layout.StoreInfo:
     slide, grid, config = job.slide, job.grid, job.choice.model.encoder.config
@@ -206,6 +213,7 @@ def _info(
         has_embeddings=content.embeddings,
         pools=pools,
         slide_embedding="class_tokens" if config.class_tokens else "mean",
+        class_pixels=class_pixels,
         facts=_facts(job, settings, int(run.unreadable.sum()), watch),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ from gigavim.errors import StoreError
 from gigavim.frames import Bounds, ClassSpec, GeoReference, MapFrame
 from gigavim.tokens.order import ScanOrder
 
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 ATTRIBUTE = "gigavim_store"
 CHECKSUMS = "checksums.sha256"
 SUFFIX = ".embeddings.zarr"
@@ -144,6 +144,8 @@ class StoreInfo(_Record):
     pools: tuple[int, ...] = ()
     slide_embedding: Literal["mean", "class_tokens"] = "mean"
     """Which of the two arrays the model's card holds for *the* slide embedding."""
+    class_pixels: tuple[int, ...] | None = None
+    """How many pixels of the label map each class has; since 1.1."""
     facts: dict[str, Any] = {}
     """What a summary says beyond the map: tokens, plan, seconds, provenance."""
 

@@ -67,7 +67,7 @@ def test_what_is_no_store(run, tmp_path):
 def test_info(run, embedded, make_slide):
     result = run("info", embedded)
     assert result.code == 0
-    for words in ("format 1.0", "2,240 x 32 float16", "mean of all tokens", "tiny"):
+    for words in ("format 1.1", "2,240 x 32 float16", "mean of all tokens", "tiny"):
         assert words in result.out, result.out
     facts = json.loads(run("info", embedded, "--json").out)
     assert facts["tokens"] == 40 * 56
