@@ -171,7 +171,11 @@ def _write_embeddings(
         share = 0.5 if pools else 1.0
         writer.write(lambda tokens: advance(tokens * share))
         if pools:
-            write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)))
+            # Both at once: while the one waits for the disk, the other has the cores.
+            with Crew(1) as other:
+                write_pooled(
+                    writer, pools, lambda tokens: advance(tokens * (1 - share)), crew=other
+                )
         writer.finish()
     return pools
 

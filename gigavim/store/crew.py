@@ -14,7 +14,7 @@ WRITERS = 2
 class Crew:
     """A few threads and a short queue: what waits to be written takes memory.
 
-    An error comes out at a later call of `do` or `wait`, or at the end of the `with` block.
+    An error comes out at a later call, or at the end of the `with` block.
     """
 
     def __init__(self, threads: int = WRITERS) -> None:
@@ -26,6 +26,10 @@ class Crew:
         """Have a thread call `work`; waits while as many jobs as there are threads go on."""
         while len(self._jobs) >= self._most:
             self._jobs.popleft().result()
+        self.later(work, *args, **kwargs)
+
+    def later(self, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Like `do` without waiting: for work that takes memory only while it goes on."""
         self._jobs.append(self._pool.submit(work, *args, **kwargs))
 
     def wait(self) -> None:

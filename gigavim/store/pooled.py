@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gigavim.outputs.arrays import ArrayWriter
 from gigavim.store import layout
+from gigavim.store.crew import Crew
 from gigavim.store.tokens import Advance, TokenWriter
 
 SIDE = layout.POOL_SHARD
@@ -39,8 +40,10 @@ class _Level:
     counts: ArrayWriter
 
 
-def write_pooled(writer: TokenWriter, pools: tuple[int, ...], advance: Advance) -> None:
-    """Write the pooled levels `pools`: 2, 4, 8, ..., of which the last is one shard."""
+def write_pooled(
+    writer: TokenWriter, pools: tuple[int, ...], advance: Advance, *, crew: Crew
+) -> None:
+    """Have the crew write the pooled levels: 2, 4, 8, ..., of which the last is one shard."""
     grid = writer.grid
     levels = []
     for pool in pools:
@@ -49,7 +52,7 @@ def write_pooled(writer: TokenWriter, pools: tuple[int, ...], advance: Advance) 
             dtype=writer.dtype,
         )  # fmt: skip
         levels.append(_Level(counts.shape, ArrayWriter(embeddings), ArrayWriter(counts)))
-    _write_shard(writer, levels, len(levels) - 1, 0, 0, advance)
+    _write_shard(writer, levels, len(levels) - 1, 0, 0, advance, crew)
 
 
 def _write_shard(
@@ -59,6 +62,7 @@ def _write_shard(
     row: int,
     col: int,
     advance: Advance,
+    crew: Crew,
 ) -> _Cells:
     """Write shard (row, col) of a level, after all that it is made of: the shard, halved."""
     height, width = (
@@ -76,7 +80,8 @@ def _write_shard(
         half = SIDE // 2
         for y in range(2 if height > half else 1):
             for x in range(2 if width > half else 1):
-                part = _write_shard(writer, levels, level - 1, 2 * row + y, 2 * col + x, advance)
+                corner = 2 * row + y, 2 * col + x
+                part = _write_shard(writer, levels, level - 1, *corner, advance, crew)
                 place = slice(y * half, (y + 1) * half), slice(x * half, (x + 1) * half)
                 cells.means[place], cells.count[place] = part.means, part.count
     halved = _halved(cells)
@@ -85,7 +90,7 @@ def _write_shard(
             slice(row * SIDE, row * SIDE + height),
             slice(col * SIDE, col * SIDE + width),
         )
-        writer.crew.do(_put_cells, levels[level], window, cells)
+        crew.do(_put_cells, levels[level], window, cells)
     return halved
 
 

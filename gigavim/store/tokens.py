@@ -81,7 +81,7 @@ class TokenWriter:
             rows = slice(start, min(start + self.arrays.shard, self.arrays.tokens))
             if self._probabilities is not None:
                 self.crew.do(made["probabilities"].write, rows, self._shares(rows))
-            self.crew.do(self._put_shard, made, rows, self._sums[number])
+            self.crew.later(self._put_shard, made, rows, self._sums[number])
             advance(rows.stop - start)
 
     @torch.inference_mode()
