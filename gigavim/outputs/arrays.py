@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 THREADS = 2
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+STATUS = re.compile(r"[A-Z_]+: ")
+"""How TensorStore's errors of storage begin; others are errors of the caller."""
+NAMED_FILE = re.compile(r'.* local file "([^"]+)":? *(.*)')
+DETAILS = re.compile(r" *\[[a-z ]+[a-z_]*='.*")
+ERRORS = (ValueError, RuntimeError, KeyError, PermissionError)
 
 
 class ArrayWriter:
@@ -36,17 +41,21 @@ class ArrayWriter:
         if not isinstance(array.store, LocalStore):
             raise ValueError(f"{array} is not on a local disk")
         self.path = Path(array.store.root) / array.path
-        self._target = _opened(self.path)
+        try:
+            self._target = _opened(self.path)
+        except ERRORS as error:
+            raise _os_error(error, self.path) from error
 
     def write(self, where: Any, values: npt.NDArray[Any]) -> None:
         """Write a region, given as an index by slices or `...`; done when this returns.
 
         Raises:
             OSError: the disk refuses.
+            ValueError: the values do not fit the region.
         """
         try:
             self._target[where].write(values, can_reference_source_data_indefinitely=True).result()
-        except (ValueError, RuntimeError, KeyError, PermissionError) as error:
+        except ERRORS as error:
             raise _os_error(error, self.path) from error
 
 
@@ -76,7 +85,18 @@ def _opened(path: Path) -> "tensorstore.TensorStore":
 
 
 def _os_error(error: Exception, path: Path) -> OSError:
-    """The system's own error, whose number TensorStore tells in its message."""
-    found = OS_ERROR.search(str(error))
-    number = int(found.group(1)) if found else errno.EIO
-    return OSError(number, os.strerror(number), str(path))
+    """The system's own error, whose number TensorStore tells in its message, or what it tells.
+
+    Raises:
+        Exception: `error` itself, where it is none of storage.
+    """
+    text = str(error)
+    if found := OS_ERROR.search(text):
+        number = int(found.group(1))
+        return OSError(number, os.strerror(number), str(path))
+    if not STATUS.match(text):
+        raise error
+    # The folder has a temporary name, which nobody knows.
+    told = DETAILS.sub("", " ".join(text.split())).replace(str(path), path.name)
+    reason = NAMED_FILE.sub(r"\1: \2", told) if NAMED_FILE.match(told) else STATUS.sub("", told, 1)
+    return OSError(errno.EIO, reason, str(path))

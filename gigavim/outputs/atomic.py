@@ -54,6 +54,8 @@ def output_error(path: Path, error: OSError) -> OutputError:
         remedy = f"free some space or {remedy}"
     else:
         reason = error.strerror or str(error) or type(error).__name__
+        if error.errno == errno.EIO:
+            remedy = f"check the disk, or {remedy}"
     shown = path.with_name(_PARTIAL.sub("", path.name))
     return OutputError(f"{shown}: cannot be written: {reason}; {remedy}")
 

@@ -8,7 +8,9 @@ import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.storage import MemoryStore
 
+from gigavim.errors import OutputError
 from gigavim.outputs.arrays import ArrayWriter, write_array
+from gigavim.outputs.atomic import explained
 
 CODEC = BloscCodec(cname="lz4", clevel=1, shuffle=BloscShuffle.bitshuffle)
 
@@ -66,3 +68,26 @@ def test_what_the_disk_refuses_is_an_error_of_the_system(tmp_path):
     assert caught.value.errno in (errno.ENOTDIR, errno.EEXIST)
     with pytest.raises(ValueError, match="local disk"):
         ArrayWriter(zarr.create_array(MemoryStore(), shape=(3,), dtype="uint8"))
+
+
+def test_errors_without_a_number_say_what_happened(tmp_path):
+    store = tmp_path / "a.embeddings.zarr"
+    array = made(store, (16, 6), "uint8", chunks=(4, 3), shards=(8, 6))
+    writer = ArrayWriter(array)
+    with pytest.raises(ValueError, match="mismatch"):  # of the caller, and not of the disk
+        writer.write(..., np.ones((17, 6), np.uint8))
+    writer.write(..., np.ones((16, 6), np.uint8))
+    (store / "a" / "c" / "0" / "0").write_bytes(b"cut")
+    with pytest.raises(OutputError) as caught, explained(store):
+        writer.write((slice(0, 1), slice(0, 1)), np.ones((1, 1), np.uint8))
+    message = str(caught.value)
+    assert message.startswith(f"{store}: cannot be written: a/c/0/0: Existing shard has size of 3")
+    assert message.endswith("; check the disk, or choose another output folder")
+    assert "\n" not in message
+    for text, told in (("{", "a/zarr.json: Invalid JSON;"), (None, "a/zarr.json: does not exist;")):
+        (store / "a" / "zarr.json").unlink()
+        if text is not None:
+            (store / "a" / "zarr.json").write_text(text)
+        with pytest.raises(OutputError, match=told), explained(store):
+            ArrayWriter(array)
+        (store / "a" / "zarr.json").touch()

@@ -216,9 +216,25 @@ def test_levels_of_ome_zarr_agree(model, tmp_path):
     assert "3" not in root
 
 
-def dark(features: np.ndarray) -> np.ndarray:
-    """Which tokens of the exact model see dark pixels only."""
-    return (np.asarray(features) < 0).all(1)
+def assert_positions(xy_level0: np.ndarray, *, cell_px: int = 4) -> None:
+    """Each cell of the grid once, its corner to half a pixel of the slide."""
+    rows, cols = -(-239 // cell_px), -(-361 // cell_px)
+    row, col = np.mgrid[:rows, :cols].reshape(2, -1)
+    expected = np.add(BOUNDS_XY, np.stack([col, row], 1) * cell_px * SCALE)
+    xy = np.asarray(xy_level0)[np.lexsort(np.round(xy_level0).T)]
+    assert xy.shape == expected.shape
+    assert np.abs(xy - expected).max() <= 0.5
+
+
+def assert_tokens_at_box(features, xy_level0, *, rounded_px: float = 0.0) -> None:
+    """The rectangle lies where tokens with these corners saw it, to half a pixel of the map.
+
+    A feature of the exact model is one pixel of its patch, negative where that is dark.
+    """
+    token, pixel = np.nonzero(np.asarray(features) < 0)
+    xy = np.asarray(xy_level0)[token] + np.stack([pixel % 4, pixel // 4], 1) * SCALE
+    found = (*xy.min(0), *(xy.max(0) + SCALE))
+    assert_at_box(found, shift_xy=BOUNDS_XY, within=0.5 * SCALE + rounded_px)
 
 
 def test_h5_of_trident(convert):
@@ -234,10 +250,9 @@ def test_h5_of_trident(convert):
         assert coords.attrs["level0_magnification"] == 33
         assert coords.attrs["overlap"] == 0
         assert (coords.attrs["level0_width"], coords.attrs["level0_height"]) == (1000, 800)
-        xy = coords[:][dark(features)]
-    # Absolute level-0 pixels; a patch is dark if it lies in the rectangle whole.
-    found = (*xy.min(0), *(xy.max(0) + 4 * SCALE))
-    assert_at_box(found, shift_xy=BOUNDS_XY, within=5 * SCALE)
+        xy = coords[:]
+    assert_positions(xy)
+    assert_tokens_at_box(features, xy, rounded_px=0.5)
     with h5py.File(path.parents[1] / "slide_features" / path.name) as file:
         assert file["features"].shape == (16,)
     with h5py.File(path.parents[1] / "patches" / f"{path.stem}_patches.h5") as file:
@@ -251,6 +266,8 @@ def test_h5_of_clam(convert):
     with h5py.File(path) as file:
         features, coords = file["features"][:], file["coords"][:]
     assert (features.dtype, coords.dtype) == (np.float32, np.int32)
+    assert_positions(coords)
+    assert_tokens_at_box(features, coords, rounded_px=0.5)
     tensor = torch.load(path.parents[1] / "pt_files" / "leica.pt", weights_only=True)
     assert np.array_equal(tensor.numpy(), features)
     with h5py.File(path.parents[1] / "patches" / "leica.h5") as file:
@@ -259,7 +276,7 @@ def test_h5_of_clam(convert):
         assert file["coords"].attrs["patch_size"] == 7
 
 
-def test_h5_of_stamp(convert, embedded):
+def test_h5_of_stamp(convert):
     h5py = pytest.importorskip("h5py")
     with h5py.File(convert("h5-stamp")["h5-stamp"]) as file:
         assert file.attrs["unit"] == "um"
@@ -267,8 +284,9 @@ def test_h5_of_stamp(convert, embedded):
         assert file.attrs["tile_size_um"] == pytest.approx(2.0, rel=1e-3)
         assert file.attrs["extractor"] == "gigavim-exact"
         xy = file["coords"][:] / 0.3
-        np.testing.assert_allclose(xy, embedded.open().xy_level0[:], rtol=1e-3)
         assert file["feats"].shape == (len(xy), 16)
+        assert_positions(xy)
+        assert_tokens_at_box(file["feats"][:], xy)
 
 
 def test_pooled_entries(convert, embedded):
@@ -277,7 +295,7 @@ def test_pooled_entries(convert, embedded):
     with h5py.File(convert("h5-trident", pool=2)["h5-trident"]) as file:
         assert file["coords"].attrs["patch_size"] == 8
         coords, features = file["coords"][:], file["features"][:]
-    assert len(coords) == (store.pooled_counts(2) > 0).sum()
+    assert_positions(coords, cell_px=8)
     place = np.flatnonzero((coords == np.round(np.add(BOUNDS_XY, (80 * SCALE, 40 * SCALE)))).all(1))
     assert np.array_equal(features[place[0]], store.grid(2)[5, 10].compute().astype(np.float32))
 
@@ -286,10 +304,16 @@ def test_anndata_file(convert):
     anndata = pytest.importorskip("anndata")
     table = anndata.read_h5ad(convert("anndata")["anndata"])
     assert table.X.dtype == np.float32
-    xy = table.obsm["spatial"][table.obs["label"] == "tissue"]
-    assert_at_box(
-        (*(xy.min(0) - 2 * SCALE), *(xy.max(0) + 2 * SCALE)), shift_xy=BOUNDS_XY, within=4 * SCALE
-    )
+    corners = table.obsm["spatial"] - 2 * SCALE
+    assert_positions(corners)
+    assert_tokens_at_box(table.X, corners)
+    np.testing.assert_allclose(table.obs[["x", "y"]], corners, atol=1e-3)
+    # The label is the one of the pixel at the centre.
+    x, y = table.obsm["spatial"].T - np.add(BOUNDS_XY, BOX[:2])[:, None]
+    inside = np.minimum.reduce([x, y, BOX[2] - BOX[0] - x, BOX[3] - BOX[1] - y])
+    tissue = np.asarray(table.obs["label"] == "tissue")
+    assert tissue[inside > SCALE].all()
+    assert not tissue[inside < -SCALE].any()
     assert json.loads(table.uns["gigavim"]["provenance"])["model"]["name"] == "exact"
 
 
@@ -313,8 +337,10 @@ def test_spatialdata(convert, embedded):
     (name,) = data.tables
     table = data.tables[name]
     tiles = data.shapes["tiles"].set_index("tile_id").geometry.loc[table.obs["tile_id"]]
-    found = tiles[dark(table.X)].total_bounds
-    assert_at_box(found, shift_xy=BOUNDS_XY, within=5 * SCALE)
+    bounds = tiles.bounds.to_numpy()
+    assert_positions(bounds[:, :2])
+    assert_positions(bounds[:, 2:] - 4 * SCALE)
+    assert_tokens_at_box(table.X, bounds[:, :2])
     tissue = data.shapes["tissues"].total_bounds
     assert np.abs(tissue - (100, 60, 701, 457)).max() < 1.5
     wsidata = pytest.importorskip("wsidata")
