@@ -10,7 +10,7 @@ import contextlib
 import gzip
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,10 +139,15 @@ def _qupath_describer(
     known = math.isfinite(frame.mpp_x * frame.mpp_y)
 
     def describe(batch: Regions, options: PolygonOptions) -> Iterator[dict[str, Any]]:
-        areas_um2 = shapely.area(batch.polygons) * frame.mpp_x * frame.mpp_y
+        areas_um2 = batch.rings.areas() * frame.mpp_x * frame.mpp_y
         ids = region_ids(batch, classes, seed=seed)
-        polygons = options.simplified(batch.polygons)
-        geometries = _geometries(polygons, lambda xy: _exact(xy, scale, shift))
+        geometries: Iterable[dict[str, Any]]
+        if options.simplify_px > 0:
+            polygons = options.simplified(batch.polygons)
+            geometries = _geometries(polygons, lambda xy: _exact(xy, scale, shift))
+        else:
+            shapes = batch.rings.geojson(_exact(batch.rings.xy, scale, shift))
+            geometries = ({"type": "Polygon", "coordinates": rings} for rings in shapes)
         for label, area_um2, uid, geometry in zip(
             batch.labels.tolist(), areas_um2.tolist(), ids, geometries, strict=True
         ):
@@ -192,8 +197,7 @@ def region_ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> li
     """UUIDs of regions: no two of a class begin at the same corner of a pixel."""
     if not len(batch.labels):
         return []
-    first = shapely.get_point(shapely.get_exterior_ring(batch.polygons), 0)
-    corners = shapely.get_coordinates(first).astype(np.int64).tolist()
+    corners = batch.rings.first_corners().tolist()
     return [
         str(uuid5(NAMESPACE_URL, f"gigavim:{seed}:{classes[label].name}:{x}:{y}"))
         for label, (x, y) in zip(batch.labels.tolist(), corners, strict=True)
@@ -201,8 +205,14 @@ def region_ids(batch: Regions, classes: Sequence[ClassSpec], *, seed: str) -> li
 
 
 def _exact(xy: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """`xy` scaled and shifted in place, to a thousandth of a pixel; as integers where all are."""
-    xy *= scale
+    """`xy` scaled and shifted, to a thousandth of a pixel; as integers where all are."""
+    if (scale == np.round(scale)).all() and (shift == np.round(shift)).all():
+        if (scale == 1).all() and not shift.any():
+            return xy
+        exact = xy * scale.astype(np.int32)
+        exact += shift.astype(np.int32)
+        return exact
+    xy = xy * scale
     xy += shift
     rounded = np.round(xy, DECIMALS_PX, out=xy)
     whole = rounded.astype(np.int32)  # no slide has 2^31 px a side

@@ -18,7 +18,8 @@ import shapely
 from gigavim.errors import OutputError
 from gigavim.frames import ClassSpec, MapFrame
 from gigavim.outputs.labels import LabelMap
-from gigavim.outputs.seams import Seams, TilePieces, normal
+from gigavim.outputs.rings import Rings
+from gigavim.outputs.seams import Seams, TilePieces
 from gigavim.outputs.trace import outlines
 
 TILE_PX = 1024
@@ -30,9 +31,14 @@ class Regions:
 
     labels: np.ndarray
     """(n,) int64 label value of each."""
-    polygons: np.ndarray
-    """(n,) shapely polygons in map pixels: counter-clockwise in x right, y up (RFC 7946), starting
-    at the lowest x, then y; vertices at corners only."""
+    rings: Rings
+    """(n) outlines in map pixels: counter-clockwise in x right, y up (RFC 7946), starting at the
+    lowest x, then y; vertices at corners only."""
+
+    @property
+    def polygons(self) -> np.ndarray:
+        """(n,) shapely polygons of `rings`, made at each call."""
+        return self.rings.polygons()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,8 @@ class PolygonOptions:
         """The regions that are large enough."""
         if not self.min_area_px:
             return batch
-        large = shapely.area(batch.polygons) >= self.min_area_px
-        return Regions(batch.labels[large], batch.polygons[large])
+        large = batch.rings.areas() >= self.min_area_px
+        return Regions(batch.labels[large], batch.rings.where(large))
 
     def simplified(self, polygons: np.ndarray) -> np.ndarray:
         """(n,) polygons within the tolerance; topology is kept."""
@@ -198,13 +204,10 @@ def _ahead(
 def _trace_tile(values: np.ndarray, *, x: int, y: int, map_hw: tuple[int, int]) -> TilePieces:
     """Polygons of a tile of (label + 1) values whose top-left pixel is (x, y)."""
     height, width = values.shape
-    found = outlines(values)
-    xy = np.add(found.xy, (x, y))
-    polygons = shapely.from_ragged_array(
-        shapely.GeometryType.POLYGON, xy, (found.ring_starts, found.polygon_starts)
-    )
-    labels = found.values - 1
-    left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
+    values, found = outlines(values)
+    found.xy[:] += np.array([x, y], np.int32)
+    labels = values - 1
+    left, top, right, bottom = found.bounds().T
     at_seam = (
         ((left == x) & (x > 0))
         | ((top == y) & (y > 0))
@@ -217,7 +220,7 @@ def _trace_tile(values: np.ndarray, *, x: int, y: int, map_hw: tuple[int, int]) 
         width=width,
         height=height,
         inner_labels=labels[~at_seam],
-        inner=normal(polygons[~at_seam]),
+        inner=found.where(~at_seam).normal(),
         seam_labels=labels[at_seam],
-        seam=polygons[at_seam],
+        seam=found.where(at_seam),
     )

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import shapely
 
+from gigavim.outputs.rings import Rings, starts_of
 from gigavim.outputs.stitch import stitch
 
 BATCH_CORNERS = 200_000
@@ -25,10 +25,10 @@ class TilePieces:
     width: int
     height: int
     inner_labels: np.ndarray
-    inner: np.ndarray
+    inner: Rings
     """Polygons that touch no seam, in their final form."""
     seam_labels: np.ndarray
-    seam: np.ndarray
+    seam: Rings
     """Polygons that touch one."""
 
 
@@ -43,7 +43,7 @@ class Seams:
     _parent: dict[int, int] = field(default_factory=dict)
     _members: dict[int, list[int]] = field(default_factory=dict)
     """Of each root."""
-    _polygons: dict[int, shapely.Polygon] = field(default_factory=dict)
+    _pieces: dict[int, Rings] = field(default_factory=dict)
     _labels: dict[int, int] = field(default_factory=dict)
     _above: np.ndarray = field(init=False)
     """(width,) piece above each pixel edge of the seam at the top of this row, -1 where none."""
@@ -61,11 +61,11 @@ class Seams:
         """Take the tile to the right of the last one."""
         numbers = np.arange(self._next, self._next + len(tile.seam), dtype=np.int64)
         self._next += len(tile.seam)
-        for number, label, polygon in zip(numbers.tolist(), tile.seam_labels.tolist(), tile.seam):
+        for place, (number, label) in enumerate(zip(numbers.tolist(), tile.seam_labels.tolist())):
             self._parent[number] = number
             self._members[number] = [number]
             self._labels[number] = label
-            self._polygons[number] = polygon
+            self._pieces[number] = tile.seam[place]
         sides = _Sides.of(tile, numbers)
         span = slice(tile.x, tile.x + tile.width)
         self._join(self._above[span], sides.top)
@@ -74,8 +74,8 @@ class Seams:
         self._left = sides.right
         self._below[span] = sides.bottom
 
-    def finish_row(self, *, last: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Close the row of tiles: (n,) labels and polygons of the regions that grow no more.
+    def finish_row(self, *, last: bool) -> Iterator[tuple[np.ndarray, Rings]]:
+        """Close the row of tiles: (n,) labels and outlines of the regions that grow no more.
 
         They come in batches of bounded size, or one by one where they are larger.
         """
@@ -86,20 +86,20 @@ class Seams:
             edge = self._above[self._above >= 0]
             growing = {self._root(number) for number in np.unique(edge).tolist()}
         labels: list[int] = []
-        polygons: list[shapely.Polygon] = []
+        outlines: list[Rings] = []
         corners = 0
         for root in [root for root in self._members if root not in growing]:
             members = self._members.pop(root)
             labels.append(self._labels[root])
-            polygons.append(unite([self._polygons.pop(n) for n in members], self.tile_px))
-            corners += int(shapely.get_num_coordinates(polygons[-1]))
+            outlines.append(unite([self._pieces.pop(n) for n in members], self.tile_px))
+            corners += len(outlines[-1].xy)
             for number in members:
                 del self._parent[number], self._labels[number]
             if corners > BATCH_CORNERS:
-                yield _batch(labels, polygons)
-                labels, polygons, corners = [], [], 0
+                yield _batch(labels, outlines)
+                labels, outlines, corners = [], [], 0
         if labels:
-            yield _batch(labels, polygons)
+            yield _batch(labels, outlines)
 
     def _join(self, one: np.ndarray, other: np.ndarray) -> None:
         both = (one >= 0) & (other >= 0)
@@ -131,8 +131,8 @@ class _Sides:
 
     @classmethod
     def of(cls, tile: TilePieces, numbers: np.ndarray) -> "_Sides":
-        xy, owner = shapely.get_coordinates(shapely.get_exterior_ring(tile.seam), return_index=True)
-        start, end = xy[:-1].astype(np.int64), xy[1:].astype(np.int64)
+        xy, owner = tile.seam.exteriors()
+        start, end = xy[:-1], xy[1:]
         same = owner[:-1] == owner[1:]
 
         def side(axis: int, place: int, origin: int, length: int) -> np.ndarray:
@@ -152,44 +152,32 @@ class _Sides:
         )
 
 
-def _batch(labels: list[int], polygons: list[shapely.Polygon]) -> tuple[np.ndarray, np.ndarray]:
-    made = np.empty(len(polygons), object)
-    made[:] = polygons
-    return np.array(labels, np.int64), normal(made)
+def _batch(labels: list[int], outlines: list[Rings]) -> tuple[np.ndarray, Rings]:
+    joined = Rings.joined(outlines)
+    outlines.clear()  # they may be large, and are in `joined` now
+    return np.array(labels, np.int64), joined.normal()
 
 
-def unite(pieces: list[shapely.Polygon], tile_px: int) -> shapely.Polygon:
-    """The union of pieces of one 4-connected region, as they were traced."""
+def unite(pieces: list[Rings], tile_px: int) -> Rings:
+    """The union of pieces of one 4-connected region, as they were traced; `pieces` is emptied."""
     if len(pieces) == 1:
         return pieces[0]
-    _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(pieces)
-    pieces.clear()  # they may be large, and are in `xy` now
-    lengths = np.diff(ring_starts)
+    whole = Rings.joined(pieces)
+    pieces.clear()  # they may be large, and are in `whole` now
+    xy, lengths = whole.xy, np.diff(whole.ring_starts)
     # Rings that touch no seam are holes as they are.
-    cut = np.logical_or.reduceat((xy.astype(np.int32) % tile_px == 0).any(1), ring_starts[:-1])
-    cut[polygon_starts[:-1]] = True
+    at_seam = (xy[:, 0] % tile_px == 0) | (xy[:, 1] % tile_px == 0)
+    cut = np.logical_or.reduceat(at_seam, whole.ring_starts[:-1])
+    cut[whole.polygon_starts[:-1]] = True
     corner_cut = np.repeat(cut, lengths)
-    joined, joined_starts = stitch(xy[corner_cut].astype(np.int64), _starts(lengths[cut]), tile_px)
+    joined, joined_starts = stitch(xy[corner_cut], starts_of(lengths[cut]), tile_px)
     # The exterior goes round everything, so its corner is the first of all.
     first = np.lexsort((joined[:, 0], joined[:, 1]))[0]
     exterior = int(np.searchsorted(joined_starts, first, side="right")) - 1
     rings = np.split(joined, joined_starts[1:-1])
     rings.insert(0, rings.pop(exterior))
-    starts = _starts(np.concatenate([[len(ring) for ring in rings], lengths[~cut]]))
-    corners = np.concatenate([*rings, xy[~corner_cut]], dtype=np.float64)
-    del xy, rings, joined
-    polygons = shapely.from_ragged_array(
-        shapely.GeometryType.POLYGON, corners, (starts, np.array([0, len(starts) - 1]))
-    )
-    made: shapely.Polygon = polygons[0]
-    return made
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """(n + 1,) where each of n parts begins, and where the last ends."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def normal(polygons: np.ndarray) -> np.ndarray:
-    """(n,) polygons, whose vertices are corners only, in the form of `polygons.Regions`."""
-    return np.asarray(shapely.reverse(shapely.normalize(polygons)))
+    starts = starts_of(np.concatenate([[len(ring) for ring in rings], lengths[~cut]]))
+    corners = np.empty((len(joined) + int(np.count_nonzero(~corner_cut)), 2), np.int32)
+    np.concatenate(rings, out=corners[: len(joined)])
+    np.compress(~corner_cut, xy, axis=0, out=corners[len(joined) :])  # without a copy between
+    return Rings(corners, starts, np.array([0, len(starts) - 1], np.int64))

@@ -10,9 +10,10 @@ import numpy.typing as npt
 from gigavim.compiled import compiled
 
 Numbers = npt.NDArray[np.int64]
+Corners = npt.NDArray[np.int32]
 
 
-def stitch(xy: Numbers, ring_starts: Numbers, tile_px: int) -> tuple[Numbers, Numbers]:
+def stitch(xy: Corners, ring_starts: Numbers, tile_px: int) -> tuple[Corners, Numbers]:
     """Join the rings of a region's pieces.
 
     Args:
@@ -24,33 +25,28 @@ def stitch(xy: Numbers, ring_starts: Numbers, tile_px: int) -> tuple[Numbers, Nu
         The same two of the whole region's rings.
     """
     width = int(xy[:, 0].max()) + 1
-    edges, on_seam = _edges(xy, ring_starts, tile_px)
-    lower = np.minimum(edges[:, :2], edges[:, 2:])
-    upright = edges[:, 0] == edges[:, 2]
-    key = 2 * (lower[:, 1] * width + lower[:, 0]) + upright
-    key[~on_seam] = -1 - np.flatnonzero(~on_seam)  # these never pair
-    order = np.argsort(key, kind="stable")
-    paired = np.flatnonzero(key[order][1:] == key[order][:-1])
-    kept = np.ones(len(edges), np.bool_)
-    kept[order[paired]] = kept[order[paired + 1]] = False
-    edges = edges[kept]
-    start = edges[:, 1] * width + edges[:, 0]
+    edges, key = _edges(xy, ring_starts, tile_px, width)
+    edges = edges[_unpaired(key, np.argsort(key, kind="stable"))]
+    del key
+    start = edges[:, 1].astype(np.int64) * width + edges[:, 0]
     order = np.argsort(start, kind="stable")
-    rings: tuple[Numbers, Numbers] = _chain(edges[order], start[order], width)
+    edges, start = edges[order], start[order]
+    rings: tuple[Corners, Numbers] = _chain(edges, start, width)
     return rings
 
 
 @compiled
-def _edges(
-    xy: Numbers, ring_starts: Numbers, tile_px: int
-) -> tuple[Numbers, npt.NDArray[np.bool_]]:
-    """Edges (m, 4) as x, y of both ends, those along seams cut into pixels; which lie on seams."""
+def _edges(xy: Corners, ring_starts: Numbers, tile_px: int, width: int) -> tuple[Corners, Numbers]:
+    """Edges (m, 4) as x, y of both ends, those along seams cut into pixels.
+
+    And (m,) keys, equal for the same edge of a seam in either direction, and for no others.
+    """
     count = 0
     for ring in range(len(ring_starts) - 1):
         for i in range(ring_starts[ring], ring_starts[ring + 1] - 1):
             count += _pieces(xy[i], xy[i + 1], tile_px)
-    edges = np.empty((count, 4), np.int64)
-    on_seam = np.zeros(count, np.bool_)
+    edges = np.empty((count, 4), np.int32)
+    key = np.empty(count, np.int64)
     place = 0
     for ring in range(len(ring_starts) - 1):
         for i in range(ring_starts[ring], ring_starts[ring + 1] - 1):
@@ -64,13 +60,25 @@ def _edges(
                 edges[place, 1] = xy[i, 1] + piece * step_y
                 edges[place, 2] = edges[place, 0] + step_x
                 edges[place, 3] = edges[place, 1] + step_y
-                on_seam[place] = seam
+                x, y = min(edges[place, 0], edges[place, 2]), min(edges[place, 1], edges[place, 3])
+                upright = np.int64(edges[place, 0] == edges[place, 2])
+                key[place] = 2 * (np.int64(y) * width + x) + upright if seam else -1 - place
                 place += 1
-    return edges, on_seam
+    return edges, key
 
 
 @compiled
-def _pieces(start: Numbers, end: Numbers, tile_px: int) -> int:
+def _unpaired(key: Numbers, order: Numbers) -> npt.NDArray[np.bool_]:
+    """Which edges are in no pair; `order` sorts the keys."""
+    kept = np.ones(len(key), np.bool_)
+    for place in range(len(order) - 1):
+        if key[order[place]] == key[order[place + 1]]:
+            kept[order[place]] = kept[order[place + 1]] = False
+    return kept
+
+
+@compiled
+def _pieces(start: Corners, end: Corners, tile_px: int) -> int:
     """Into how many edges a side is cut: its pixels on a seam, else one."""
     if start[0] == end[0] and start[0] % tile_px == 0:
         return int(abs(end[1] - start[1]))
@@ -80,11 +88,11 @@ def _pieces(start: Numbers, end: Numbers, tile_px: int) -> int:
 
 
 @compiled
-def _chain(edges: Numbers, start: Numbers, width: int) -> tuple[Numbers, Numbers]:
+def _chain(edges: Corners, start: Numbers, width: int) -> tuple[Corners, Numbers]:
     """Rings of directed edges sorted by their start, turning left where two go on."""
     count = len(edges)
     used = np.zeros(count, np.bool_)
-    xy = np.empty((2 * count, 2), np.int64)
+    xy = np.empty((2 * count, 2), np.int32)
     starts = np.zeros(count + 1, np.int64)
     corners = rings = 0
     for first in range(count):
@@ -107,7 +115,7 @@ def _chain(edges: Numbers, start: Numbers, width: int) -> tuple[Numbers, Numbers
                 and _closes(edges, start, used, first, heading, width)
             ):
                 break
-            edge = _next(edges, start, used, to_y * width + to_x, heading)
+            edge = _next(edges, start, used, np.int64(to_y) * width + to_x, heading)
         if heading == departed:  # the ring began on a straight edge
             for corner in range(begin, corners - 1):
                 xy[corner] = xy[corner + 1]
@@ -129,7 +137,7 @@ def _heading(x: int, y: int) -> int:
 
 @compiled
 def _next(
-    edges: Numbers, start: Numbers, used: npt.NDArray[np.bool_], key: int, heading: int
+    edges: Corners, start: Numbers, used: npt.NDArray[np.bool_], key: int, heading: int
 ) -> int:
     """The edge that goes on from a corner: left before straight on before right; -1 if none."""
     best, best_rank = -1, 4
@@ -146,7 +154,7 @@ def _next(
 
 @compiled
 def _closes(
-    edges: Numbers,
+    edges: Corners,
     start: Numbers,
     used: npt.NDArray[np.bool_],
     first: int,
@@ -155,7 +163,8 @@ def _closes(
 ) -> bool:
     """Whether a ring that is back at its first corner ends there, or goes on by an edge to the left
     of its first one."""
-    other = _next(edges, start, used, edges[first, 1] * width + edges[first, 0], heading)
+    key = np.int64(edges[first, 1]) * width + edges[first, 0]
+    other = _next(edges, start, used, key, heading)
     if other < 0:
         return True
     ours = _heading(edges[first, 2] - edges[first, 0], edges[first, 3] - edges[first, 1])

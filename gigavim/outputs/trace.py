@@ -7,12 +7,11 @@ two pixels that are outside there belong to different pieces; no ring meets itse
 meet in a point do so as the simple features standard allows.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from gigavim.compiled import compiled
+from gigavim.outputs.rings import Rings, starts_of
 
 Numbers = npt.NDArray[np.int32]
 
@@ -24,36 +23,17 @@ LEFT = np.array([[-1, 0], [0, 0], [0, -1], [-1, -1]], np.int32)
 RIGHT = np.array([[0, 0], [0, -1], [-1, -1], [-1, 0]], np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class Outlines:
-    """Polygons as ragged arrays, the exterior first in each; rings end in their first corner."""
-
-    values: npt.NDArray[np.int64]
-    """(n,) of each polygon's pixels."""
-    xy: npt.NDArray[np.float64]
-    """(corners, 2)"""
-    ring_starts: npt.NDArray[np.int64]
-    """(rings + 1,) into `xy`."""
-    polygon_starts: npt.NDArray[np.int64]
-    """(n + 1,) into rings."""
-
-
-def outlines(values: npt.NDArray[np.uint8]) -> Outlines:
-    """The regions of all values but 0 of an (h, w) image."""
+def outlines(values: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], Rings]:
+    """The regions of all values but 0 of an (h, w) image: (n,) value and outline of each."""
     parts, part_values = _components(values)
     xy, ring_ends, ring_part = _rings(parts)
     order = np.argsort(ring_part, kind="stable")  # the exterior was met first
     starts = np.concatenate(([0], ring_ends))
     lengths = np.diff(starts)[order]
-    ring_starts = np.concatenate(([0], np.cumsum(lengths)))
+    ring_starts = starts_of(lengths)
     gather = np.repeat(starts[:-1][order] - ring_starts[:-1], lengths) + np.arange(len(xy))
     per_part = np.bincount(ring_part, minlength=len(part_values))[1:]
-    return Outlines(
-        part_values[1:].astype(np.int64),
-        xy[gather].astype(np.float64),
-        ring_starts,
-        np.concatenate(([0], np.cumsum(per_part))),
-    )
+    return part_values[1:].astype(np.int64), Rings(xy[gather], ring_starts, starts_of(per_part))
 
 
 @compiled

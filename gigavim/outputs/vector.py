@@ -19,6 +19,7 @@ from gigavim.outputs.geojson import region_ids
 from gigavim.outputs.ground import GroundTransform
 from gigavim.outputs.labels import LabelMap
 from gigavim.outputs.polygons import KEEP_ALL, PolygonOptions, Regions, regions
+from gigavim.outputs.rings import Rings
 from gigavim.store.views import installed
 
 BATCH = 50_000
@@ -142,7 +143,7 @@ def _batches(
             yield _joined(waiting)
             waiting, held, any_yet = [], 0, True
     if waiting or not any_yet:
-        empty = Regions(np.zeros(0, np.int64), np.zeros(0, object))
+        empty = Regions(np.zeros(0, np.int64), Rings.joined([]))
         yield _joined(waiting or [_placed(empty, frame, classes, ground, options, seed)])
 
 
