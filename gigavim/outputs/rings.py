@@ -161,3 +161,16 @@ def _gathered(
             place += 1
         starts[i + 1] = place
     return made, starts
+
+
+@compiled
+def put_rings(
+    out: Corners, xy: Corners, ring_starts: Numbers, wanted: npt.NDArray[np.bool_]
+) -> None:
+    """Copy the corners of wanted rings to `out`, without the copy between that indexing makes."""
+    place = 0
+    for ring in range(len(wanted)):
+        if wanted[ring]:
+            for corner in range(ring_starts[ring], ring_starts[ring + 1]):
+                out[place] = xy[corner]
+                place += 1

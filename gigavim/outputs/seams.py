@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gigavim.outputs.rings import Rings, starts_of
+from gigavim.outputs.rings import Rings, put_rings, starts_of
 from gigavim.outputs.stitch import stitch
 
 BATCH_CORNERS = 200_000
@@ -177,7 +177,7 @@ def unite(pieces: list[Rings], tile_px: int) -> Rings:
     rings = np.split(joined, joined_starts[1:-1])
     rings.insert(0, rings.pop(exterior))
     starts = starts_of(np.concatenate([[len(ring) for ring in rings], lengths[~cut]]))
-    corners = np.empty((len(joined) + int(np.count_nonzero(~corner_cut)), 2), np.int32)
+    corners = np.empty((starts[-1], 2), np.int32)
     np.concatenate(rings, out=corners[: len(joined)])
-    np.compress(~corner_cut, xy, axis=0, out=corners[len(joined) :])  # without a copy between
+    put_rings(corners[len(joined) :], xy, whole.ring_starts, ~cut)
     return Rings(corners, starts, np.array([0, len(starts) - 1], np.int64))
