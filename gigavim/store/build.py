@@ -173,9 +173,7 @@ def _write_embeddings(
         if pools:
             # Both at once: while the one waits for the disk, the other has the cores.
             with Crew(1) as other:
-                write_pooled(
-                    writer, pools, lambda tokens: advance(tokens * (1 - share)), crew=other
-                )
+                write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)), other)
         writer.finish()
     return pools
 

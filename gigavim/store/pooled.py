@@ -41,7 +41,7 @@ class _Level:
 
 
 def write_pooled(
-    writer: TokenWriter, pools: tuple[int, ...], advance: Advance, *, crew: Crew
+    writer: TokenWriter, pools: tuple[int, ...], advance: Advance, crew: Crew
 ) -> None:
     """Have the crew write the pooled levels: 2, 4, 8, ..., of which the last is one shard."""
     grid = writer.grid
