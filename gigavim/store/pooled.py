@@ -40,9 +40,7 @@ class _Level:
     counts: ArrayWriter
 
 
-def write_pooled(
-    writer: TokenWriter, pools: tuple[int, ...], advance: Advance, crew: Crew
-) -> None:
+def write_pooled(writer: TokenWriter, pools: tuple[int, ...], advance: Advance, crew: Crew) -> None:
     """Have the crew write the pooled levels: 2, 4, 8, ..., of which the last is one shard."""
     grid = writer.grid
     levels = []
