@@ -6,9 +6,13 @@ still reach to that strip. So the result depends neither on how many rows a stri
 many columns a window.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigavim.engine.devices import one_thread
 from gigavim.model.heads import Head, Part
 from gigavim.model.windows import Window, windows
 from gigavim.tokens.grid import TokenGrid, TokenSelection
+
+T = TypeVar("T")
 
 BATCH_TOKENS = 8192
 STRIP_PX = 64
@@ -26,6 +33,10 @@ STRIP_PX = 64
 SEEN_STRIP_PX = 256
 """Height of a strip where they see their neighbours, which are decoded in vain beyond it."""
 WINDOW_COLS = 64
+MOST_SIDE_BY_SIDE = 4
+"""Windows that a CPU decodes at a time, some 50 MB each, by threads of their own, with which torch
+shares the cores out: its threads meet after every little product, and lose most of their speed as
+soon as a core is busy elsewhere."""
 OVERLAP_BYTES = 1 << 27
 """Of the logits of a strip of overlapping patches, where it has more than one row of them."""
 
@@ -56,8 +67,12 @@ class Decoded:
     row: Tensor
     """(n,) int64 within the strip."""
     col: Tensor
-    logits: Tensor
-    """(n, classes, patch, patch)"""
+    found: Tensor
+    """(n, classes, patch, patch) logits, or what was made of them."""
+
+
+Finish = Callable[[Tensor], Tensor]
+"""What a thread makes of the logits of its tokens."""
 
 
 def decode_strips(
@@ -84,16 +99,23 @@ def decode_strips(
     overlap = grid.patch_px - grid.stride_px
     step = rows_at_once or _strip_rows(head, grid)
     carry: Tensor | None = None
+    on_cpu = next(head.parameters()).device.type == "cpu"
+    cores = torch.get_num_threads() if on_cpu and head.halo else 1
     for row in range(0, grid.rows, step):
         index = selection.index[row : row + step]
         last = row + step >= grid.rows
-        strip = _decoded(
-            gather, head, grid, selection, (row, row + len(index)), cols_at_once, context
-        )
-        if overlap:
-            labels, carry = _overlapping(strip, grid, index.shape, head.classes, carry, last=last)
-        else:
-            labels = _adjacent(strip, grid, index.shape)
+        rows = (row, row + len(index))
+        with one_thread() if cores > 1 else nullcontext():
+            if overlap:
+                strip = _decoded(gather, head, grid, selection, rows, cols_at_once, context)
+                labels, carry = _overlapping(
+                    in_order(strip, cores), grid, index.shape, head.classes, carry, last=last
+                )
+            else:
+                strip = _decoded(
+                    gather, head, grid, selection, rows, cols_at_once, context, _patch_labels
+                )
+                labels = _adjacent(in_order(strip, cores), grid, index.shape)
         y = row * grid.stride_px
         if y >= grid.frame.height_px:  # what is left only fills the last blocks
             return
@@ -197,22 +219,53 @@ def _decoded(
     rows: tuple[int, int],
     cols_at_once: int,
     context: Tensor | None,
-) -> Iterator[Decoded]:
-    """Logits of the tokens of a strip, some at a time."""
+    finish: Finish = lambda logits: logits,
+) -> Iterator[Callable[[], Decoded]]:
+    """Tasks that decode the tokens of a strip, some at a time."""
     index = selection.index[slice(*rows)]
     if not head.halo:
         places = np.nonzero(index >= 0)
         slots = torch.from_numpy(index[places].astype(np.int64))
         row, col = (torch.from_numpy(place) for place in places)
-        for start in range(0, len(slots), BATCH_TOKENS):
-            part = slice(start, start + BATCH_TOKENS)
+
+        def some(part: slice) -> Decoded:
             logits = head.decode(gather(slots[part])[None, None])[0, 0]
-            yield Decoded(row[part], col[part], logits)
+            return Decoded(row[part], col[part], finish(logits))
+
+        for start in range(0, len(slots), BATCH_TOKENS):
+            yield partial(some, slice(start, start + BATCH_TOKENS))
         return
+
+    def seen(window: Window) -> Decoded:
+        row, col, logits = decode_window(gather, head, selection, window, context)
+        return Decoded(row, col + window.left, finish(logits))
+
     for window in windows(rows, (grid.rows, grid.cols), halo=head.halo, cols_at_once=cols_at_once):
         if (selection.index[window.core] >= 0).any():
-            row, col, logits = decode_window(gather, head, selection, window, context)
-            yield Decoded(row, col + window.left, logits)
+            yield partial(seen, window)
+
+
+def in_order(tasks: Iterable[Callable[[], T]], cores: int) -> Iterator[T]:
+    """The results of tasks, a few of which are done side by side; few wait to be taken."""
+    if cores == 1:
+        yield from (task() for task in tasks)
+        return
+    inferring = torch.is_inference_mode_enabled()  # a thread's own
+    threads = min(MOST_SIDE_BY_SIDE, cores)
+
+    def run(task: Callable[[], T]) -> T:
+        with torch.inference_mode(inferring):
+            return task()
+
+    waiting: deque[Future[T]] = deque()
+    share = (cores // threads,)
+    with ThreadPoolExecutor(threads, "gigavim-decode", torch.set_num_threads, share) as pool:
+        for task in tasks:
+            waiting.append(pool.submit(run, task))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _adjacent(
@@ -223,7 +276,7 @@ def _adjacent(
     patch = grid.patch_px
     cells = torch.zeros(rows, cols, patch, patch, dtype=torch.uint8)
     for part in strip:
-        cells[part.row, part.col] = _winners(part.logits, 1).cpu()
+        cells[part.row, part.col] = part.found
     return cells.permute(0, 2, 1, 3).reshape(rows * patch, cols * patch).numpy()
 
 
@@ -246,13 +299,18 @@ def _overlapping(
     height, width = rows * stride + overlap, cols * stride + overlap
     dense = torch.zeros(classes * patch * patch, rows * cols)
     for part in strip:
-        dense[:, part.row * cols + part.col] = part.logits.flatten(1).T.float().cpu()
+        dense[:, part.row * cols + part.col] = part.found.flatten(1).T.float().cpu()
     sums = F.fold(dense[None], (height, width), patch, stride=stride)[0]
     if carry is not None:
         sums[:, :overlap] += carry
     done = height if last else height - overlap
     # Where no token reaches all sums are zero and the first class, the background, wins.
     return _winners(sums[:, :done], 0).numpy(), sums[:, done:]
+
+
+def _patch_labels(logits: Tensor) -> Tensor:
+    """(n, classes, patch, patch) to (n, patch, patch) uint8."""
+    return _winners(logits, 1).cpu()
 
 
 def _winners(logits: Tensor, dim: int) -> Tensor:
