@@ -249,7 +249,9 @@ def measure(
     counts = [score.confusion(f, item.labels, len(names)) for f, item in pairs]
     scores = score.summary(counts, shown, names)
     result = {recipe.loss.monitor: score.monitored(scores, recipe.loss.monitor)}
-    result |= {"miou": scores["miou"]} | {f"{name} IoU": scores[f"{name}_iou"] for name in names}
+    found_iou = {name: scores.get(f"{name}_iou") for name in names}
+    result |= {"miou": scores["miou"]}
+    result |= {f"{name} IoU": value for name, value in found_iou.items() if value is not None}
     if long and isinstance(labeller, score.Predictor):
         name = recipe.loss.monitor.partition(":")[2] or names[-1]
         for side in MOSAIC_SIDES if atlas.device.type == "cuda" else MOSAIC_SIDES[:1]:

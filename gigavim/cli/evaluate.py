@@ -127,15 +127,20 @@ def command(
         return
     click.echo(f"{card.name} on {len(pictures)} pictures of {', '.join(report['groups'])}")
     click.echo(f"{'':14}{'Dice':>8}{'IoU':>8}{'edge F1':>9}{'Dice, mean of pictures':>24}")
-    there = [sum(row) > 0 for row in report["confusion"]["pixels"]]
-    for name in (name for name, is_there in zip(names, there, strict=True) if is_there):
-        row = (report["scores"][f"{name}_{kind}"] for kind in ("dice", "iou"))
-        cells = "".join(f"{value:8.3f}" for value in row)
-        each = report["scores"][f"{name}_dice_per_image"]
-        click.echo(f"{name:14}{cells}{report['boundary_f1'][name]:9.3f}{each:24.3f}")
+    for name in names:
+        dice, iou, each = (
+            report["scores"][f"{name}_{kind}"] for kind in ("dice", "iou", "dice_per_image")
+        )
+        cells = ((dice, 8), (iou, 8), (report["boundary_f1"][name], 9), (each, 24))
+        click.echo(f"{name:14}" + "".join(_cell(value, width) for value, width in cells))
     error = report["calibration"]["expected_calibration_error"]
     click.echo(f"mIoU {report['scores']['miou']:.3f}, calibration error {error:.3f}")
     click.echo(f"wrote {output / 'evaluation.json'} and {output / 'evaluation.png'}")
+
+
+def _cell(value: float | None, width: int) -> str:
+    """A score in a table; "-" where no picture shows the class."""
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.3f}"
 
 
 def _by_recipe(

@@ -81,6 +81,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Seen]]:
     """Score a model at the pictures' own pixels, as its maps are laid over them.
 
+    In the report a class that no picture shows has None for its scores.
+
     Args:
         tolerance_px: how far a boundary may be off and still count for the boundary F1.
         classes: that the pictures label; all of the model's if absent.
@@ -104,21 +106,32 @@ def evaluate(
         )
         seen.append(Seen(picture, found.cpu().numpy()))
     shown = [score.Shown(torch.empty(0), torch.empty(0), p.group, p.name) for p in pictures]
-    scores = score.summary(counts, shown, names)
-    boundary = {name: boundary_f1(edges[index]) for index, name in enumerate(names)}
+    pooled = torch.stack(counts).sum(0)
+    there = [score.is_shown(pooled, index) for index in range(len(names))]
+    absent = [name for name, is_there in zip(names, there, strict=True) if not is_there]
+    scores: dict[str, float | None] = dict(score.summary(counts, shown, names))
+    for name in absent:
+        scores |= dict.fromkeys(f"{name}_{kind}" for kind in ("dice", "iou", "dice_per_image"))
+    boundary = {
+        name: boundary_f1(edges[index]) if there[index] else None
+        for index, name in enumerate(names)
+    }
     report = {
         "model": card.name,
         "sha256": card.sha256,
         "pictures": len(pictures),
         "groups": sorted({p.group for p in pictures}),
-        "mean_dice": score.mean_dice(torch.stack(counts).sum(0)),
+        "mean_dice": score.mean_dice(pooled),
         "scores": scores,
         "boundary_f1": boundary,
         "boundary_tolerance_px": tolerance_px,
-        "confusion": {"classes": names, "pixels": torch.stack(counts).sum(0).tolist()},
+        "confusion": {"classes": names, "pixels": pooled.tolist()},
         "calibration": calibration.report(),
         "by_picture": {
-            p.name: {name: score.dice(c, index) for index, name in enumerate(names)}
+            p.name: {
+                name: score.dice(c, index) if there[index] else None
+                for index, name in enumerate(names)
+            }
             for p, c in zip(pictures, counts, strict=True)
         },
     }

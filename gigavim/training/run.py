@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gigavim.engine.devices import resolve_device
+from gigavim.errors import SettingsError
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.segmentation import SegmentationModel
@@ -26,7 +28,7 @@ from gigavim.training.encode import layer_kernel, silence_odd_layers
 from gigavim.training.memory import Budget
 from gigavim.training.pack import Picture, read_pack, read_pictures, split
 from gigavim.training.ranks import Ranks
-from gigavim.training.recipe import Recipe
+from gigavim.training.recipe import IGNORED, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,35 @@ def load_data(source: Path, recipe: Recipe) -> list[Picture]:
     if source.is_dir():
         return list(read_pictures(source, recipe))
     return read_pack(source, recipe)
+
+
+def check_labels(train: Sequence[Picture], held_out: Sequence[Picture], recipe: Recipe) -> None:
+    """Warn of classes that nothing shows to learn from.
+
+    Raises:
+        SettingsError: nothing is labelled on one side of the split, or the held-out pictures lack
+            the class that chooses the weights to keep.
+    """
+    kinds = ("for training", train), ("held out", held_out)
+    seen = {
+        kind: {i for p in pictures for i in np.unique(p.labels).tolist()} - {IGNORED}
+        for kind, pictures in kinds
+    }
+    for kind, values in seen.items():
+        if not values:
+            raise SettingsError(
+                f"no picture {kind} shows any class of the recipe: its mask_values, mask_rgb or "
+                "names do not fit the masks"
+            )
+    wanted = recipe.loss.monitor.partition(":")[2]
+    if wanted and recipe.label(wanted) not in seen["held out"]:
+        raise SettingsError(
+            f"no picture held out shows {wanted}, by which loss.monitor chooses the weights to "
+            "keep: hold out groups that do, or see whether the class fits the masks"
+        )
+    absent = [n for i, n in enumerate(recipe.class_names) if i not in seen["for training"]]
+    if absent:
+        log.warning("no picture for training shows %s: it cannot be learnt", ", ".join(absent))
 
 
 def new_model(recipe: Recipe) -> SegmentationModel:
@@ -113,6 +144,7 @@ class Run:
         self.ranks = ranks = Ranks(device)
         train, held_out = split(list(pictures), recipe)
         log.info("%d pictures for training, %d held out", len(train), len(held_out))
+        check_labels(train, held_out, recipe)
         self.canvases = Canvases(Atlas(train, device), recipe)
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
         self.model = new_model(recipe).to(device)
@@ -263,7 +295,8 @@ class Run:
         metrics["bfloat16_changes"] = score.monitored(half, monitor) - score.monitored(
             metrics, monitor
         )
-        name = monitor.partition(":")[2] or self.recipe.class_names[-1]
+        shown = [n for n in self.recipe.class_names if f"{n}_dice" in metrics]
+        name = monitor.partition(":")[2] or shown[-1]
         index = self.recipe.class_names.index(name)
         whole = self.predictor(half=False)
         sides = {tuple(item.labels.shape) for item in self.shown}

@@ -143,6 +143,11 @@ def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
 
 
+def is_shown(counts: Tensor, index: int) -> bool:
+    """Whether the truth of a confusion holds a class."""
+    return bool(counts[index].any())
+
+
 def dice(counts: Tensor, index: int) -> float:
     """Dice of a class; one where it is neither predicted nor there."""
     total = int(counts[index].sum() + counts[:, index].sum())
@@ -157,37 +162,51 @@ def iou(counts: Tensor, index: int) -> float:
 
 def mean_iou(counts: Tensor) -> float:
     """The mean IoU of the classes that are there."""
-    there = [i for i in range(len(counts)) if int(counts[i].sum())]
+    there = [i for i in range(len(counts)) if is_shown(counts, i)]
     return sum(iou(counts, i) for i in there) / max(1, len(there))
 
 
 def mean_dice(counts: Tensor) -> float:
     """The mean Dice of the classes that are there."""
-    there = [i for i in range(len(counts)) if int(counts[i].sum())]
+    there = [i for i in range(len(counts)) if is_shown(counts, i)]
     return sum(dice(counts, i) for i in there) / max(1, len(there))
 
 
 def summary(
     counts: Sequence[Tensor], shown: Sequence[Shown], names: Sequence[str]
 ) -> dict[str, float]:
-    """Pooled Dice and IoU of every class, their means, and mean Dice per picture and group."""
+    """Pooled Dice and IoU of every class, their means, and mean Dice per picture and group.
+
+    A class that no picture shows has no scores, nor has it any in a group that does not show it:
+    what is not there cannot be found. Where only some pictures show a class, the others count one
+    in the mean of pictures if it is not found there either, else zero.
+    """
     pooled = torch.stack(list(counts)).sum(0)
     result = {"miou": mean_iou(pooled), "accuracy": int(pooled.trace()) / max(1, int(pooled.sum()))}
+    groups = sorted({item.group for item in shown})
     for index, name in enumerate(names):
+        if not is_shown(pooled, index):
+            continue
         result[f"{name}_dice"] = dice(pooled, index)
         result[f"{name}_iou"] = iou(pooled, index)
-        per_picture = [dice(c, index) for c in counts]
-        result[f"{name}_dice_per_image"] = sum(per_picture) / len(per_picture)
-        for group in sorted({item.group for item in shown}):
-            own = [d for d, item in zip(per_picture, shown, strict=True) if item.group == group]
-            result[f"{name}_dice_{group}"] = sum(own) / len(own)
+        result[f"{name}_dice_per_image"] = sum(dice(c, index) for c in counts) / len(counts)
+        for group in groups:
+            own = [c for c, item in zip(counts, shown, strict=True) if item.group == group]
+            if any(is_shown(c, index) for c in own):
+                result[f"{name}_dice_{group}"] = sum(dice(c, index) for c in own) / len(own)
     return result
 
 
-def monitored(scores: dict[str, float], monitor: str) -> float:
-    """The score that a recipe names: "miou", "iou:CLASS" pooled, "dice:CLASS" per picture."""
+def score_key(monitor: str) -> str:
+    """Where `summary` has the score that a recipe names: "miou", or of a class "iou:CLASS" pooled,
+    "dice:CLASS" per picture."""
     kind, _, name = monitor.partition(":")
-    return scores["miou" if not name else f"{name}_{kind}{'_per_image' if kind == 'dice' else ''}"]
+    return "miou" if not name else f"{name}_{kind}{'_per_image' if kind == 'dice' else ''}"
+
+
+def monitored(scores: dict[str, float], monitor: str) -> float:
+    """The score that a recipe names, out of a `summary`."""
+    return scores[score_key(monitor)]
 
 
 def by_length(

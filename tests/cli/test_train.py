@@ -1,6 +1,7 @@
 """`gigavim train` from pictures to a model that `gigavim segment` takes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -64,6 +65,9 @@ def test_pack_train_resume_and_segment(run, tmp_path, data, recipe):
     torch.testing.assert_close(rates / rates[:, :1], ratio, rtol=1e-6, atol=0)
     assert "held out g02" in card["training"]["split"]
     assert card["metrics"]["nuclei_dice_per_image"] >= 0
+    # No picture shows empty glass: a class that is not there has no score.
+    assert "no picture for training shows background" in out.err
+    assert not [key for key in card["metrics"] if key.startswith("background")]
     with safe_open(tmp_path / "runs/model/weights.safetensors", "np") as weights:
         dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118
     assert dtypes == {np.dtype("float16")}
@@ -88,6 +92,9 @@ def test_pack_train_resume_and_segment(run, tmp_path, data, recipe):
     assert "1 pictures of g02" in scored.out
     report = json.loads((tmp_path / "scores/evaluation.json").read_text())
     assert sum(map(sum, report["confusion"]["pixels"])) == 96 * 96
+    assert report["scores"]["background_dice"] is None
+    assert report["boundary_f1"]["background"] is None
+    assert set("".join(re.findall("(?m)^background(.*)$", scored.out))) == {" ", "-"}
     assert Image.open(tmp_path / "scores/evaluation.png").width > 4 * 96
     cut = run(
         "evaluate", "runs/model", "packed.npz", "--recipe", recipe, "-o", "cut", "--context",

@@ -1,4 +1,5 @@
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from gigavim.errors import SettingsError
 from gigavim.training.pack import glass_mask, read_pack, read_pictures, shrink, split, write_pack
 from gigavim.training.recipe import IGNORED, Recipe
+from gigavim.training.run import check_labels
 
 NUCLEI, TISSUE = 2, 1
 
@@ -110,3 +112,15 @@ def test_what_is_missing_is_said(tmp_path, pictures_folder, recipe):
     (tmp_path / "broken.npz").write_bytes(b"PK no zip")
     with pytest.raises(SettingsError, match="not a packed file"):
         read_pack(tmp_path / "broken.npz", recipe)
+
+
+def test_labels_must_teach_and_score(pictures_folder, recipe, caplog):
+    train, held_out = split(list(read_pictures(pictures_folder, recipe)), recipe)
+    check_labels(train, held_out, recipe)
+    assert "no picture for training shows background" in caplog.text
+    blank = [replace(p, labels=np.full_like(p.labels, TISSUE)) for p in held_out]
+    with pytest.raises(SettingsError, match=r"no picture held out shows nuclei.*loss\.monitor"):
+        check_labels(train, blank, recipe)
+    unknown = [replace(p, labels=np.full_like(p.labels, IGNORED)) for p in train]
+    with pytest.raises(SettingsError, match="no picture for training shows any class"):
+        check_labels(unknown, held_out, recipe)

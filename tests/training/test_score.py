@@ -76,6 +76,20 @@ def test_summary_names_classes_and_groups():
     assert score.monitored(scores, "dice:b") == 1
 
 
+def test_a_class_that_nothing_shows_has_no_score():
+    items = [replace(item, labels=item.labels % 2) for item in shown(3)]
+    items[1].labels.zero_()  # all of group g1
+    counts = [score.confusion(item.labels, item.labels, 3) for item in items]
+    scores = score.summary(counts, items, ("a", "b", "no data"))
+    assert not [key for key in scores if key.startswith("no data")]
+    assert "b_dice_g0" in scores
+    assert "b_dice_g1" not in scores
+    assert scores["miou"] == scores["b_dice_per_image"] == 1
+    counts[0][0, 2] += 100  # found where it is not: what is there pays for it
+    assert score.summary(counts, items, ("a", "b", "no data")).keys() == scores.keys()
+    assert score.summary(counts, items, ("a", "b", "no data"))["a_iou"] < 1
+
+
 def test_lengths_and_windows_run_to_the_end():
     scores = score.by_length(predictor(), shown(3), "a", 0, per_side=2)
     assert set(scores) == {
