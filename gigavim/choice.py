@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gigavim.config import ModelSettings
 from gigavim.errors import ModelError
 from gigavim.frames import length_text
-from gigavim.model.card import ModelCard
+from gigavim.model.card import ModelCard, is_encoder
 from gigavim.model.checkpoint import filled, load_model
 
 if TYPE_CHECKING:
@@ -106,10 +106,11 @@ def load_other_weights(card: ModelCard, path: Path) -> "SegmentationModel":
     """
     from gigavim.model.weights import read_safetensors
 
-    if path.suffix in PICKLED:
+    if path.suffix in PICKLED or (path.is_dir() and is_encoder(path)):
         raise ModelError(
-            f"{path}: --weights takes a safetensors file, of a whole segmentation model (encoders "
-            "of published .pth files: gigavim models import)"
+            f"{path}: --weights takes a safetensors file of a whole segmentation model here; an "
+            "encoder (`gigavim models import` turns published .pth files into one) is what "
+            "`gigavim train --weights` starts from"
         )
     return filled(card, read_safetensors(path), path)
 

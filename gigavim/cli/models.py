@@ -1,5 +1,6 @@
 """`gigavim models`: what can be run, and encoder weights from elsewhere."""
 
+import json
 from pathlib import Path
 
 import click
@@ -34,10 +35,18 @@ def command() -> None:
 @options.as_json
 @options.verbosity
 def show(name: str | None, as_json: bool) -> None:
-    """List the shipped models, or show the card of one (a name or a model folder)."""
+    """List the shipped models, or show the card of one (a name or a folder, an encoder's too)."""
     from gigavim.frames import length_text
+    from gigavim.model.card import CARD_NAME, is_encoder, read_encoder_card
     from gigavim.model.checkpoint import list_models, load_card
 
+    if name is not None and is_encoder(Path(name)):
+        encoder = read_encoder_card(Path(name) / CARD_NAME).model_dump(mode="json")
+        if as_json:
+            click.echo(json.dumps(encoder))
+        else:
+            _show(encoder, indent="")
+        return
     cards = list_models() if name is None else {name: load_card(name)}
     if as_json:
         import orjson
@@ -66,7 +75,8 @@ def show(name: str | None, as_json: bool) -> None:
 def import_(weights: Path, output: Path | None, ema: bool) -> None:
     """Turn encoder WEIGHTS (.pth as published, or safetensors) into safetensors with a card.
 
-    Nothing in the file is executed. A training recipe takes the folder as `encoder_weights`.
+    Nothing in the file is executed. `gigavim train --weights DIR` starts from the result; so does a
+    recipe whose `model.encoder_weights` names it.
 
     \b
     Example:

@@ -35,6 +35,9 @@ from gigavim.cli import options
               help="Memory of the device that training may use, such as 40GB: batches, layers and "
               "sequences are split to keep it, or it is said what would fit. [default: what is "
               "there, nothing is split]")  # fmt: skip
+@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR|FILE",
+              help="Encoder to start from, as `gigavim models import` and `pretrain` write it. "
+              "[default: model.encoder_weights of the recipe]")  # fmt: skip
 @click.option("--seed", type=int, help="Instead of the recipe's.")
 @click.option("--workers", type=click.IntRange(min=1),
               help="Batches per step, on a CPU thread each.")  # fmt: skip
@@ -48,6 +51,7 @@ def command(
     steps: int | None,
     max_minutes: float | None,
     max_gpu_memory: str | None,
+    weights: Path | None,
     seed: int | None,
     workers: int | None,
 ) -> None:
@@ -63,11 +67,15 @@ def command(
       gigavim train my.toml --data /data --pack my.npz
       gigavim train my.toml --data my.npz --max-minutes 10 -o runs/my
       gigavim train my.toml --data my.npz --max-gpu-memory 12GB
+      gigavim train my.toml --data my.npz --weights gigavim_pretrain/my/encoder
       torchrun --nproc-per-node 4 -m gigavim train my.toml --data my.npz
     """
     from gigavim.training.recipe import load_recipe
 
-    found = load_recipe(recipe, steps=steps, max_minutes=max_minutes, seed=seed, workers=workers)
+    found = load_recipe(
+        recipe, encoder_weights=weights, steps=steps, max_minutes=max_minutes, seed=seed,
+        workers=workers,
+    )  # fmt: skip
     if not options.is_quiet():
         talk()
     if pack is not None:

@@ -1,7 +1,8 @@
 """The model card: all that must be known to use a model rightly, kept beside its weights."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -11,8 +12,15 @@ from gigavim.model.config import HeadKind, VimConfig
 from gigavim.tokens.order import ScanOrder
 
 CARD_NAME = "card.json"
+ENCODER_FORMAT: Final = "gigavim-encoder/1"
 WEIGHTS_NAME = "weights.safetensors"
 LARGEST_CARD_BYTES = 1 << 20
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+UNKNOWN_LICENCE = (
+    "not stated in the file. The published Vim weights: code Apache-2.0, model card header "
+    "Apache-2.0, its text 'non-commercial'; ask their authors before redistributing them"
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -123,22 +131,74 @@ class ModelCard(_Strict):
         return ScanOrder.parse(self.order)
 
 
+class EncoderCard(_Strict):
+    """What is known of an encoder's weights."""
+
+    format: Literal["gigavim-encoder/1"] = ENCODER_FORMAT
+    name: str
+    source: str
+    """File name it was imported from and which of its weights, or how it was trained."""
+    source_sha256: str = ""
+    config: VimConfig
+    mean: tuple[Fraction, ...] = IMAGENET_MEAN
+    std: tuple[Positive, ...] = IMAGENET_STD
+    licence: str = UNKNOWN_LICENCE
+    sha256: str = ""
+    """Of weights.safetensors."""
+
+
 def read_card(path: Path) -> ModelCard:
     """Read a card.json; raises `ModelError` naming the file and every wrong or unknown field."""
+    blob = _content(path)
+    try:
+        return ModelCard.model_validate_json(blob)
+    except ValidationError as error:
+        if _is_encoders(blob):
+            raise ModelError(
+                f"{path.parent}: an encoder without a head, which cannot segment by itself; "
+                f"`gigavim train RECIPE --data DATA --weights {path.parent}` starts a model from it"
+            ) from None
+        raise ModelError(f"{path}: not a valid model card: {_in_words(error)}") from None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def read_encoder_card(path: Path) -> EncoderCard:
+    """Read an encoder's card.json; raises `ModelError` as `read_card` does."""
+    blob = _content(path)
+    try:
+        return EncoderCard.model_validate_json(blob)
+    except ValidationError as error:
+        raise ModelError(f"{path}: not an encoder's card: {_in_words(error)}") from None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a folder holds an encoder, by its card."""
+    path = folder / CARD_NAME
+    return path.is_file() and _is_encoders(_content(path))
+
+
+def _is_encoders(blob: bytes) -> bool:
+    try:
+        values = json.loads(blob)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and values.get("format") == ENCODER_FORMAT
+
+
+def _content(path: Path) -> bytes:
     try:
         if path.stat().st_size > LARGEST_CARD_BYTES:
             raise ModelError(f"{path}: far too large to be a model card")
-        return ModelCard.model_validate_json(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError:
         raise ModelError(
             f"{path}: not found; a model is a folder with {CARD_NAME} and {WEIGHTS_NAME}"
         ) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        raise ModelError(f"{path}: not a valid model card: {_in_words(error)}") from None
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
 
 
 def _in_words(error: ValidationError) -> str:

@@ -2,40 +2,17 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from gigavim.errors import ModelError
-from gigavim.model.card import CARD_NAME, WEIGHTS_NAME, Fraction, Positive, _Strict
+from gigavim.model.card import CARD_NAME, WEIGHTS_NAME, EncoderCard, read_encoder_card
 from gigavim.model.config import VimConfig
 from gigavim.model.position import grid_position, split_table
 from gigavim.model.published import load_encoder_weights
 from gigavim.model.vim import Vim
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-UNKNOWN_LICENCE = (
-    "not stated in the file. The published Vim weights: code Apache-2.0, model card header "
-    "Apache-2.0, its text 'non-commercial'; ask their authors before redistributing them"
-)
-
-
-class EncoderCard(_Strict):
-    """What is known of an encoder's weights."""
-
-    format: Literal["gigavim-encoder/1"] = "gigavim-encoder/1"
-    name: str
-    source: str
-    """File name it was imported from and which of its weights, or how it was trained."""
-    source_sha256: str = ""
-    config: VimConfig
-    mean: tuple[Fraction, ...] = IMAGENET_MEAN
-    std: tuple[Positive, ...] = IMAGENET_STD
-    licence: str = UNKNOWN_LICENCE
-    sha256: str = ""
-    """Of weights.safetensors."""
 
 
 def import_encoder(source: Path, folder: Path, *, ema: bool = False) -> EncoderCard:
@@ -95,13 +72,11 @@ def read_encoder(path: Path) -> Vim:
     """
     if not path.is_dir():
         return load_encoder_weights(path)
+    card = read_encoder_card(path / CARD_NAME)
     try:
-        card = EncoderCard.model_validate_json((path / CARD_NAME).read_bytes())
         found = hashlib.sha256((path / WEIGHTS_NAME).read_bytes()).hexdigest()
     except OSError as error:
         raise ModelError(f"{path}: no imported encoder ({error.strerror})") from error
-    except (ValidationError, ModelError) as error:
-        raise ModelError(f"{path / CARD_NAME}: not an encoder's card ({error})") from None
     if found != card.sha256:
         raise ModelError(f"{path / WEIGHTS_NAME}: not the weights that the card names")
     return load_encoder_weights(path / WEIGHTS_NAME, config=card.config)

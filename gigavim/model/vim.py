@@ -93,7 +93,7 @@ class Vim(nn.Module):
         images: Tensor,
         *,
         order: ScanOrder | None = None,
-        origin_um: tuple[float, float] = (0.0, 0.0),
+        origin_um: tuple[float, float] | Tensor = (0.0, 0.0),
     ) -> Tensor:
         """Embed normalised images (B, C, H, W) as sequences (B, L, D), class tokens and all.
 
@@ -119,14 +119,15 @@ class Vim(nn.Module):
         col: Tensor,
         grid_hw: tuple[int, int],
         *,
-        origin_um: tuple[float, float] = (0.0, 0.0),
+        origin_um: tuple[float, float] | Tensor = (0.0, 0.0),
     ) -> Tensor:
         """Return the position embedding (n, D) of cells (row, col), (n,) int64 each, of a grid.
 
         Args:
             row, col: any cells, in any order.
             grid_hw: (rows, cols) of the whole grid.
-            origin_um: (x, y) added to places of "sincos"; random in training, zero for a slide.
+            origin_um: (x, y) added to places of "sincos", a tensor (2,) too; random in training,
+                zero for a slide.
         """
         config = self.config
         if config.position == "none":

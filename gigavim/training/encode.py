@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gigavim.model.block import Block
+from gigavim.model.config import VimConfig
 from gigavim.model.heads import Part, stitch
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import OnStream, Vim
@@ -24,6 +25,9 @@ from gigavim_kernels.backends import backend_name
 from gigavim_kernels.naive import spread_rates
 
 log = logging.getLogger(__name__)
+
+SLIDE_TOKENS = 16_384
+"""Side of the ground over which canvases are strewn, where positions are in micrometres."""
 
 
 class LayerKernel(NamedTuple):
@@ -141,6 +145,20 @@ def decode(model: SegmentationModel, grid: Tensor, strip_rows: int | None = None
             strips.append(cast(Tensor, again))
     logits = torch.cat(strips, 1)
     return stitch(logits.flatten(1, 2), (rows, cols), model.encoder.config.stride_px)
+
+
+def random_origin(
+    config: VimConfig, device: torch.device, generator: Generator | None
+) -> Tensor | tuple[float, float]:
+    """Where the corner of a batch's canvases lies, (x, y) um, for positions in micrometres.
+
+    Somewhere on a slide: canvases are small, and places far from the corner would be new to a model
+    that had only seen canvases. Without a generator it is the corner.
+    """
+    if config.token_um is None or generator is None:
+        return (0.0, 0.0)
+    drawn = torch.rand(2, generator=generator, device=device, dtype=torch.float64)
+    return drawn * (SLIDE_TOKENS * config.token_um)
 
 
 def _kept(tokens: Tensor, rate: float, generator: Generator | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from gigavim.errors import ModelError, ResourceError, SettingsError
 from gigavim.model.segmentation import SegmentationModel, SideSum
 from gigavim.training.canvas import Canvases
-from gigavim.training.encode import decode, encode
+from gigavim.training.encode import decode, encode, random_origin
 from gigavim.training.graphs import Batch, Gradients, Objective
 from gigavim.training.looks import constant
 from gigavim.training.losses import segmentation_loss
@@ -148,7 +148,8 @@ def vim_forward(model: SegmentationModel, recipe: Recipe, budget: Budget | None 
     def forward(images: Tensor, every: int, generator: Generator | None) -> Tensor:
         rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in images.shape[2:])
         split = planned.split(rows * cols, len(images))
-        tokens = model.encoder.tokens(images, order=order)
+        origin = random_origin(config, images.device, generator)
+        tokens = model.encoder.tokens(images, order=order, origin_um=origin)
         taps = SideSum(model)
         encoded = encode(
             model.encoder,
@@ -223,7 +224,7 @@ def train(
     state = model.state_dict()
 
     def work(worker: int) -> Worked:
-        worker += 64 * ranks.rank
+        worker += schedule.workers * ranks.rank  # as so many more workers of one process
         drawn = ahead.pop(worker, None) or _draw(canvases, progress, progress.step, worker)
         worked = _work(gradients, canvases, progress, drawn, budget)
         if canvases.atlas.device.type == "cuda":  # queued before the step is waited for

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from gigavim.model.encoder import EncoderCard, write_encoder
+from gigavim.model.card import EncoderCard
+from gigavim.model.encoder import write_encoder
 from gigavim.model.vim import Vim, grid_cells
 from gigavim.training import loop
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
-from gigavim.training.encode import encode
+from gigavim.training.encode import encode, random_origin
 from gigavim.training.graphs import Batch
 from gigavim.training.pack import Picture, split
 from gigavim.training.recipe import Recipe
@@ -56,7 +57,9 @@ class MaskedImages(nn.Module):
         cells = grid_cells(rows, cols, order, images.device)
         marks = hidden.flatten(1)[:, cells, None]  # (B, L, 1), in scan order
         with loop.half_products(images.device):
-            tokens = self.encoder.tokens(shown, order=order) + marks * self.mask_token
+            origin = random_origin(config, images.device, generator)
+            tokens = self.encoder.tokens(shown, order=order, origin_um=origin)
+            tokens = tokens + marks * self.mask_token
             encoded = encode(
                 self.encoder,
                 tokens,

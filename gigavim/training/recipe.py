@@ -241,10 +241,13 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(root.glob("*.toml"))}
 
 
-def load_recipe(name_or_path: str | Path, **schedule: Any) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path, *, encoder_weights: Path | None = None, **schedule: Any
+) -> Recipe:
     """Read a recipe: a file, or the name of a shipped one.
 
     Args:
+        encoder_weights: win over the recipe's `model.encoder_weights`.
         schedule: values that win over those of its section; None leaves one alone.
 
     Raises:
@@ -266,6 +269,9 @@ def load_recipe(name_or_path: str | Path, **schedule: Any) -> Recipe:
     given = {key: value for key, value in schedule.items() if value is not None}
     if given and isinstance(values.get("schedule", {}), dict):
         values["schedule"] = values.get("schedule", {}) | given
+    if encoder_weights is not None and isinstance(values.get("model", {}), dict):
+        own = {"encoder_weights": str(encoder_weights)}
+        values["model"] = values.get("model", {}) | own
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -4,6 +4,7 @@ import argparse
 import json
 
 import torch
+from PIL import Image
 
 from gigavim.model.config import VimConfig
 from gigavim.model.vim import Vim
@@ -19,6 +20,8 @@ def test_listing_and_showing(run):
 
 
 def test_importing_a_published_file(run, tmp_path):
+    sample = tmp_path / "slide.png"
+    Image.new("RGB", (64, 64)).save(sample)
     vim = Vim(VimConfig(d_model=32, depth=2, num_classes=10))
     content = {"model": vim.state_dict(), "args": argparse.Namespace(lr=1e-3)}
     torch.save(content, tmp_path / "vim_t.pth")
@@ -26,6 +29,11 @@ def test_importing_a_published_file(run, tmp_path):
     assert out.code == 0, out.err
     assert "2 layers x 32" in out.out
     assert (tmp_path / "vim_t/weights.safetensors").exists()
+    assert "source: vim_t.pth (model)" in run("models", "vim_t").out
+    assert json.loads(run("models", "vim_t", "--json").out)["config"]["depth"] == 2
+    alone = run("segment", sample, "--model", "vim_t")
+    assert alone.code == 1
+    assert "gigavim train RECIPE --data DATA --weights vim_t" in alone.err
     assert run("models", "import", "vim_t.pth").code == 1
     wrong = run("models", "import", "vim_t.pth", "--ema", "-o", "other")
     assert wrong.code == 1
