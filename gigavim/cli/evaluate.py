@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 )
 @click.option("--window-px", type=click.IntRange(min=8), default=224, show_default=True,
               help="Side of these windows, in pixels of the model.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--device", default="auto", show_default=True, callback=options.device,
+              help="auto, cpu, cuda, cuda:1.")  # fmt: skip
 @options.as_json
 @options.verbosity
 def command(

@@ -18,7 +18,8 @@ from gigavim.cli import options
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
               help="[default: gigavim_pretrain/NAME]")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--device", default="auto", show_default=True, callback=options.device,
+              help="auto, cpu, cuda, cuda:1.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's.")
 @click.option("--max-minutes", type=click.FloatRange(min=0, min_open=True),
               help="Set the number of steps so that training takes this long.")  # fmt: skip

@@ -13,7 +13,6 @@ from gigavim.cli import options
 @click.option(
     "--data",
     type=click.Path(exists=True, path_type=Path),
-    required=True,
     metavar="PATH",
     help="Folder below which the recipe finds its pictures, or a file made with --pack.",
 )
@@ -25,9 +24,12 @@ from gigavim.cli import options
     help="Checkpoint, logs and the model go here; a checkpoint there is continued."
     " [default: gigavim_train/NAME]",
 )
+@click.option("--print-recipe", is_flag=True,
+              help="Only print RECIPE, to start one of your own from a shipped one.")  # fmt: skip
 @click.option("--pack", type=click.Path(path_type=Path), metavar="FILE",
               help="Only pack the data into one file, for training elsewhere.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--device", default="auto", show_default=True, callback=options.device,
+              help="auto, cpu, cuda, cuda:1.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's.")
 @click.option("--max-minutes", type=click.FloatRange(min=0, min_open=True),
               help="Set the number of steps so that training takes this long.")  # fmt: skip
@@ -44,8 +46,9 @@ from gigavim.cli import options
 @options.verbosity
 def command(
     recipe: str,
-    data: Path,
+    data: Path | None,
     output: Path | None,
+    print_recipe: bool,
     pack: Path | None,
     device: str,
     steps: int | None,
@@ -64,14 +67,21 @@ def command(
     \b
     Examples:
       gigavim train histo-nuclei --data /data/histo
+      gigavim train histo-nuclei-nano --print-recipe > my.toml
       gigavim train my.toml --data /data --pack my.npz
       gigavim train my.toml --data my.npz --max-minutes 10 -o runs/my
       gigavim train my.toml --data my.npz --max-gpu-memory 12GB
       gigavim train my.toml --data my.npz --weights gigavim_pretrain/my/encoder
       torchrun --nproc-per-node 4 -m gigavim train my.toml --data my.npz
     """
-    from gigavim.training.recipe import load_recipe
+    from gigavim.training.recipe import load_recipe, recipe_path
 
+    if print_recipe:
+        load_recipe(recipe)
+        click.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+        return
+    if data is None:
+        raise click.UsageError("Missing option '--data'.")
     found = load_recipe(
         recipe, encoder_weights=weights, steps=steps, max_minutes=max_minutes, seed=seed,
         workers=workers,

@@ -95,7 +95,10 @@ def start_from(source: Vim, config: VimConfig) -> Vim:
     for name in (*sizes, "bidirectional", "divide_out"):
         old, new = getattr(source.config, name), getattr(config, name)
         if old != new:
-            raise ModelError(f"weights of an encoder with {name} {old} cannot start one with {new}")
+            raise ModelError(
+                f"weights of an encoder with {name} {old} cannot start one with {new}: the "
+                "recipe's model.encoder has to say the same"
+            )
     target = Vim(config)
     state = target.state_dict()
     for name, tensor in source.state_dict().items():

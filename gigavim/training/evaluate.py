@@ -176,7 +176,8 @@ def sheet(seen: Sequence[Seen], classes: Sequence[ClassSpec], *, most: int = 12)
     for line, item in enumerate(rows):
         truth, found = item.picture.labels, item.predicted
         wrong = (truth != found) & (truth != IGNORED)
-        faint = (200 + item.picture.image.mean(-1, keepdims=True) * 0.2).astype(np.uint8)
+        # A middle grey, on which the pale colours of backgrounds show as well as dark ones.
+        faint = (70 + item.picture.image.mean(-1, keepdims=True) * 0.4).astype(np.uint8)
         difference = np.where(wrong[..., None], colours[found], np.repeat(faint, 3, 2))
         for column, pixels in enumerate(
             (item.picture.image, colours[truth], colours[found], difference)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from gigavim.errors import MissingMppError, SettingsError
 from gigavim.frames import ClassSpec
 from gigavim.model.card import ModelCard
-from gigavim.training.pack import PICTURES, Picture, open_picture
+from gigavim.training.masks import find_mask, open_picture, read_mask, without_mask
+from gigavim.training.pack import PICTURES, Picture
 from gigavim.training.recipe import IGNORED
 from gigavim.training.slides import LARGEST_PX
 
@@ -25,8 +26,6 @@ UNKNOWN = "ignored"
 """The name in a rule for values that count nowhere."""
 Ranges = tuple[tuple[int, int], ...]
 """First and last of runs of values."""
-SHOWN = 3
-"""Files that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +107,25 @@ def read_labelled(
             f"{root}: nothing there matches {images!r}; there are {there or 'no files'}: say with "
             "--images where the pictures are, such as --images 'tissue/*.tif'"
         )
-    pairs = [(path, find_mask(path, masks)) for path in paths]
-    missing = [path for path, mask in pairs if mask is None]
+    missing = without_mask(paths, masks)
     if missing:
-        names = ", ".join(path.name for path in missing[:SHOWN])
         raise SettingsError(
-            f"{root}: {len(missing)} of {len(paths)} pictures have no mask {masks!r} ({names}"
-            f"{', ...' if len(missing) > SHOWN else ''}): say with --masks where they are, "
-            "from a picture's folder, such as --masks '../labels/{stem}_mask.png'"
+            f"{root}: {missing}: say with --masks where they are, from a picture's folder, such as "
+            "--masks '../labels/{stem}_mask.png'"
         )
     pictures, met = [], set[int]()
-    for path, mask_path in pairs:
+    for path in paths:
+        mask_path = find_mask(path, masks)
         assert mask_path is not None
         pixels, own = _read(path, mpp)
         mask = read_mask(mask_path)
+        if mask.ndim == 3:
+            raise SettingsError(
+                f"{mask_path}: shows colours, not one number a pixel; masks in colours need "
+                "--recipe with mask_rgb"
+            )
+        if mask.dtype == np.bool_:
+            mask = mask.astype(np.uint8)
         if mask.shape != pixels.shape[:2]:
             raise SettingsError(
                 f"{mask_path}: the mask has {mask.shape[1]} x {mask.shape[0]} px, its picture "
@@ -138,43 +142,6 @@ def read_labelled(
                 f"{values}{', ...' if len(met) > 8 else ''}"
             )
     return pictures
-
-
-def find_mask(image: Path, pattern: str) -> Path | None:
-    """The mask of a picture; the picture itself is none."""
-    found = sorted(image.parent.glob(pattern.replace("{stem}", _escaped(image.stem))))
-    return next((path for path in found if path.resolve() != image.resolve()), None)
-
-
-def read_mask(path: Path) -> NDArray[Any]:
-    """Read integers (h, w) from a label TIFF (16 or 32 bits too) or a picture of one channel.
-
-    Raises:
-        SettingsError: it cannot be read, or shows classes as colours.
-    """
-    if path.suffix.lower() in (".tif", ".tiff"):
-        import tifffile
-
-        try:
-            mask = np.squeeze(tifffile.imread(path))
-        except (OSError, ValueError, tifffile.TiffFileError) as error:
-            raise SettingsError(f"{path}: cannot be read as a TIFF ({error})") from error
-    else:
-        picture = open_picture(path)
-        # A palette is how values are painted; they are what counts.
-        mask = np.asarray(picture)
-    if mask.dtype == np.bool_:
-        mask = mask.astype(np.uint8)
-    if mask.ndim == 3 and mask.shape[2] in (2, 3, 4):
-        colours = mask[..., : 1 if mask.shape[2] == 2 else 3]
-        if (colours == colours[..., :1]).all():
-            mask = colours[..., 0]
-    if mask.ndim != 2 or not np.issubdtype(mask.dtype, np.number):
-        raise SettingsError(
-            f"{path}: shows {'x'.join(str(n) for n in mask.shape)} values of {mask.dtype}, not one "
-            "number a pixel; masks in colours need --recipe with mask_rgb"
-        )
-    return np.asarray(mask)
 
 
 def _read(path: Path, mpp: float | None) -> tuple[NDArray[np.uint8], float]:
@@ -216,8 +183,3 @@ def _ranges(rule: str, values: str) -> Ranges:
         last = int(match[3]) if match[3] else (1 << 62 if match[2] else first)
         ranges.append((first, last))
     return tuple(ranges)
-
-
-def _escaped(stem: str) -> str:
-    """A stem whose brackets and stars mean themselves in a glob pattern."""
-    return re.sub(r"([*?\[])", r"[\1]", stem)

@@ -1,5 +1,6 @@
 """The training loop: canvases of growing length, averaged weights, checkpoints that continue."""
 
+import contextlib
 import logging
 import math
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from gigavim.errors import ModelError, ResourceError, SettingsError
+from gigavim.errors import ModelError, OutputError, ResourceError, SettingsError
 from gigavim.model.segmentation import SegmentationModel, SideSum
 from gigavim.training.canvas import Canvases
 from gigavim.training.encode import decode, encode, random_origin
@@ -54,6 +55,8 @@ class Progress:
     best_step: int = 0
     stale: int = 0
     """Validations since the best."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What of the recipe must not change on the way, see `origin`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,29 +104,66 @@ def start(model: nn.Module, recipe: Recipe) -> Progress:
         groups, lr=recipe.schedule.peak_rate, betas=(0.9, 0.98), fused=fused
     )
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    return Progress(0, recipe.schedule.steps, 0.0, optimizer, average)
+    return Progress(0, recipe.schedule.steps, 0.0, optimizer, average, origin=origin(recipe))
+
+
+def origin(recipe: Recipe) -> dict[str, Any]:
+    """What a training may not change on the way, as plain values by the recipe's keys.
+
+    With other groups held out, it would be scored on what it has learnt from; with other classes,
+    colours or sizes, weights would mean something else.
+    """
+    model, split = recipe.model, recipe.split
+    return {
+        "split.validation_groups": sorted(split.validation_groups),
+        "classes": list(recipe.class_names),
+        "loss.monitor": recipe.loss.monitor,
+        "model.order": model.order,
+        "model.mpp": float(model.mpp),
+        "model.mean": [float(value) for value in model.mean],
+        "model.std": [float(value) for value in model.std],
+    }
 
 
 def save(path: Path, model: nn.Module, progress: Progress) -> None:
-    """Write a checkpoint that `resume` reads; whole or not at all."""
+    """Write a checkpoint that `resume` reads; whole or not at all.
+
+    Raises `OutputError` where it cannot be written.
+    """
     part = path.with_suffix(".part")
     state = {k: v for k, v in vars(progress).items() if k != "optimizer"}
     state["model"], state["optimizer"] = model.state_dict(), progress.optimizer.state_dict()
-    torch.save(state, part)
-    part.replace(path)
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OutputError(f"{path}: the checkpoint cannot be written ({reason})") from error
 
 
 def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
-    """Go on from a checkpoint; raises `SettingsError` where it is of another model."""
+    """Go on from a checkpoint; raises `SettingsError` where it is of another recipe."""
     device = next(model.parameters()).device
     try:
         state = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(state.pop("model"))
         progress = start(model, recipe)
         progress.optimizer.load_state_dict(state.pop("optimizer"))
-    except (RuntimeError, KeyError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"{path}: not a checkpoint of this recipe ({reason})") from error
+        before = state.pop("origin", progress.origin)
+        changed = [key for key, value in progress.origin.items() if before.get(key) != value]
+    except Exception as error:  # a damaged file surfaces as almost any type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingsError(
+            f"{path}: not a checkpoint of this recipe ({reason}); another --output begins anew"
+        ) from error
+    if changed:
+        key = changed[0]
+        raise SettingsError(
+            f"{path}: not a checkpoint of this recipe ({key} was {before.get(key)}, is now "
+            f"{progress.origin[key]}); another --output begins anew"
+        )
     for name, value in state.items():
         setattr(progress, name, value)
     return progress

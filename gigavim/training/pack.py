@@ -8,9 +8,12 @@ import io
 import json
 import logging
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +21,20 @@ from PIL import Image
 
 from gigavim.errors import OutputError, SettingsError
 from gigavim.training import slides
+from gigavim.training.masks import (
+    find_mask,
+    in_words,
+    label_map,
+    open_picture,
+    read_mask,
+    without_mask,
+)
 from gigavim.training.recipe import IGNORED, DataRecipe, Recipe
 
 log = logging.getLogger(__name__)
 
 FORMAT = "gigavim-pack/1"
+LITTER = ("Thumbs.db", "desktop.ini")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 """Files without a resolution of their own; anything else is opened as a slide."""
 
@@ -48,30 +60,30 @@ def read_pictures(root: Path, recipe: Recipe, *, labelled: bool = True) -> Itera
         SettingsError: there are none, one has no mask or no group, or sizes differ.
     """
     data = recipe.data
-    paths = sorted({p for pattern in data.images for p in root.glob(pattern)}, key=_natural)
-    if not paths:
-        raise SettingsError(
-            f"{root}: nothing there matches {' or '.join(data.images)}, where the recipe of "
-            f"{recipe.model.name} looks for pictures; for other data copy a recipe and change its "
-            "[data]"
-        )
-    keyed: dict[str, list[Path]] = {}
-    for path in paths:
-        match = re.search(data.group_pattern, path.relative_to(root).as_posix())
-        if match is None or not match.groups():
-            raise SettingsError(f"{path}: data.group_pattern finds no key in this path")
-        keyed.setdefault(match[1] if data.stitch_cols else path.as_posix(), []).append(path)
-    for members in keyed.values():
-        match = re.search(data.group_pattern, members[0].relative_to(root).as_posix())
-        assert match is not None
-        group = group_of(match[1], data)
+    keyed: dict[tuple[str, str], list[Path]] = {}
+    for path in _picture_paths(root, recipe):
+        key = _key(path, root, data)
+        keyed.setdefault((key, "" if data.stitch_cols else path.as_posix()), []).append(path)
+    grouped = [(key, group_of(key, data), members) for (key, _), members in keyed.items()]
+    for _, group, members in grouped:
         if group is None:
             log.warning("%s is of no group of the recipe: left out", members[0])
+    used = [path for _, group, members in grouped if group is not None for path in members]
+    missing = without_mask(used, data.masks) if labelled else ""
+    if missing:
+        raise SettingsError(f"{root}: {missing}, which data.masks looks for from their folders")
+    unnamed: Counter[Any] = Counter()
+    for key, group, members in grouped:
+        if group is None:
             continue
-        image, labels, mpp = _scene(members, recipe, labelled=labelled)
-        mpp = data.mpp_of.get(match[1], mpp)
+        image, labels, mpp = _scene(members, recipe, unnamed, labelled=labelled)
+        mpp = data.mpp_of.get(key, mpp)
         name = members[0].relative_to(root).as_posix()
         yield shrink(Picture(image, labels, group, name, mpp), data.pack_mpp)
+    if unnamed:
+        default = next((c.name for c in recipe.classes if c.is_default), None)
+        fate = "not labelled" if default is None else f"{default}, the default class"
+        log.info("masks show what no class names: %s; that is %s", in_words(unnamed), fate)
 
 
 def group_of(key: str, data: DataRecipe) -> str | None:
@@ -87,48 +99,6 @@ def group_of(key: str, data: DataRecipe) -> str | None:
             if dash and all(n.isdigit() for n in numbers) and (int(first) <= int(key) <= int(last)):
                 return group
     return None
-
-
-def label_map(
-    image: NDArray[np.uint8], mask: NDArray[np.uint8], recipe: Recipe
-) -> NDArray[np.uint8]:
-    """Turn a mask (h, w) or (h, w, 3) into label values (h, w)."""
-    default = next((i for i, c in enumerate(recipe.classes) if c.is_default), IGNORED)
-    labels = np.full(mask.shape[:2], default, np.uint8)
-    for index, spec in enumerate(recipe.classes):
-        if spec.is_empty_glass:
-            assert recipe.data.glass is not None
-            labels[glass_mask(image, recipe.data.glass)] = index
-    grey = mask if mask.ndim == 2 else None
-    for index, spec in enumerate(recipe.classes):
-        if spec.mask_values:
-            if grey is None:
-                raise SettingsError(f"{spec.name}: mask_values are for masks of one channel")
-            labels[np.isin(grey, spec.mask_values)] = index
-        for colour in spec.mask_rgb:
-            shown = mask if mask.ndim == 3 else np.repeat(mask[..., None], 3, 2)
-            labels[(shown == np.array(colour, np.uint8)).all(-1)] = index
-    return labels
-
-
-def glass_mask(image: NDArray[np.uint8], glass: float) -> NDArray[np.bool_]:
-    """Where an H&E picture (h, w, 3) shows empty glass: bright and colourless after smoothing.
-
-    Smoothed by a Gaussian of 3 parts in 320 of the picture's side (about 1 um in a 40x field of
-    512 px), the darkest channel is at least 0.88 of the glass and the channels differ by at most
-    0.075 of it; specks and holes under 400 such squares (some 45 um2) are dropped. Lumina and fat
-    count as background where they are this empty.
-    """
-    from scipy.ndimage import gaussian_filter
-    from skimage.morphology import remove_small_holes, remove_small_objects
-
-    unit = min(image.shape[:2]) / 320
-    smooth = gaussian_filter(image.astype(np.float32), (3 * unit, 3 * unit, 0))
-    low, high = smooth.min(-1), smooth.max(-1)
-    mask = (low >= 0.88 * glass) & (high - low <= 0.075 * glass)
-    smallest = round(400 * unit**2)
-    mask = remove_small_objects(mask, max_size=smallest)
-    return np.asarray(remove_small_holes(mask, max_size=smallest), np.bool_)
 
 
 def shrink(picture: Picture, mpp: float | None) -> Picture:
@@ -180,8 +150,19 @@ def read_pack(path: Path, recipe: Recipe) -> list[Picture]:
             about = json.loads(file["about"].tobytes())
             images = _parts(file["images"], file["image_bytes"])
             labels = _parts(file["labels"], file["label_bytes"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"{path}: not a packed file ({error})") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise SettingsError(
+            f"{path}: not a packed file, as `gigavim train RECIPE --data FOLDER --pack FILE` "
+            "writes them"
+        ) from error
     unknown = sorted(set(about["classes"]) - set(recipe.class_names))
     if unknown:
         raise SettingsError(f"{path}: has classes that the recipe has not: {', '.join(unknown)}")
@@ -223,16 +204,44 @@ def of_groups(
     return [p for p in pictures if p.group in wanted]
 
 
+def _picture_paths(root: Path, recipe: Recipe) -> list[Path]:
+    """What the recipe's patterns find, but for what file managers leave behind."""
+    patterns = recipe.data.images
+    found = {path for pattern in patterns for path in root.glob(pattern)}
+    paths = sorted((p for p in found if not _is_litter(p)), key=_natural)
+    if not paths:
+        raise SettingsError(
+            f"{root}: nothing there matches {' or '.join(patterns)}, where the recipe of "
+            f"{recipe.model.name} looks for pictures; for other data copy a recipe and change its "
+            "[data]"
+        )
+    return paths
+
+
+def _is_litter(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in LITTER
+
+
+def _key(path: Path, root: Path, data: DataRecipe) -> str:
+    match = re.search(data.group_pattern, path.relative_to(root).as_posix())
+    if match is None or match[1] is None:
+        raise SettingsError(
+            f"{path}: data.group_pattern finds no key in this path; if it is no picture, let "
+            f"data.images ({', '.join(data.images)}) leave it out, as by '*.png'"
+        )
+    return match[1]
+
+
 def _natural(path: Path) -> tuple[str, int, str]:
     digits = re.search(r"(\d+)$", path.stem)
     return path.parent.as_posix(), int(digits[1]) if digits else 0, path.name
 
 
 def _scene(
-    paths: list[Path], recipe: Recipe, *, labelled: bool
+    paths: list[Path], recipe: Recipe, unnamed: "Counter[Any]", *, labelled: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
     """Pixels, labels and resolution of a picture, or of the parts of one stitched."""
-    read = [_read(path, recipe, labelled=labelled) for path in paths]
+    read = [_read(path, recipe, unnamed, labelled=labelled) for path in paths]
     if len(read) == 1:
         return read[0]
     cols = recipe.data.stitch_cols
@@ -248,7 +257,7 @@ def _scene(
 
 
 def _read(
-    path: Path, recipe: Recipe, *, labelled: bool
+    path: Path, recipe: Recipe, unnamed: "Counter[Any]", *, labelled: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], float]:
     is_slide = path.suffix.lower() not in PICTURES
     if is_slide:
@@ -257,33 +266,22 @@ def _read(
         image, mpp = np.asarray(open_picture(path).convert("RGB")), recipe.data.mpp
     if not labelled:
         return image, np.full(image.shape[:2], IGNORED, np.uint8), mpp
-    mask_path = _mask_of(path, recipe.data.masks)
+    mask_path = find_mask(path, recipe.data.masks)
+    assert mask_path is not None
     if mask_path.suffix == ".geojson":
         return image, slides.draw_annotations(mask_path, path, image.shape[:2], recipe), mpp
-    shown = open_picture(mask_path)
-    mask = np.asarray(shown.convert("L" if shown.mode in ("1", "L") else "RGB"))
+    mask = read_mask(mask_path, colours=any(c.mask_rgb for c in recipe.classes))
     if is_slide:
         mask = slides.fit_labels(mask, image.shape[:2], mask_path)
     if image.shape[:2] != mask.shape[:2]:
-        raise SettingsError(f"{path}: its mask has {mask.shape[:2]} px, not {image.shape[:2]}")
-    return image, label_map(image, mask, recipe), mpp
-
-
-def _mask_of(image: Path, pattern: str) -> Path:
-    found = sorted(image.parent.glob(pattern.format(stem=image.stem)))
-    if not found:
-        raise SettingsError(f"{image}: no mask {pattern.format(stem=image.stem)} beside it")
-    return found[0]
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Open and decode a picture; raises `SettingsError` where it is none."""
+        raise SettingsError(
+            f"{mask_path}: the mask has {mask.shape[1]} x {mask.shape[0]} px, its picture "
+            f"{path.name} {image.shape[1]} x {image.shape[0]}"
+        )
     try:
-        picture = Image.open(path)
-        picture.load()
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read as a picture ({error})") from error
-    return picture
+        return image, label_map(image, mask, recipe, unnamed), mpp
+    except SettingsError as error:
+        raise SettingsError(f"{mask_path}: {error}") from None
 
 
 def _encoded(pixels: NDArray[np.uint8], kind: str, **options: int | bool) -> bytes:

@@ -25,6 +25,7 @@ from gigavim.training.encode import encode, random_origin
 from gigavim.training.graphs import Batch
 from gigavim.training.pack import Picture, split
 from gigavim.training.recipe import Recipe
+from gigavim.training.run import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def pretrain(
     A checkpoint in the folder is continued. The recipe's patches must not overlap.
 
     Returns:
-        The card of `folder`/encoder, and the errors on held-out groups, first to last.
+        The card of `folder`/encoder, and the errors on held-out groups, one at least.
     """
     train, held_out = split(list(pictures), recipe)
     canvases = Canvases(Atlas(train, device), recipe)
@@ -91,7 +92,7 @@ def pretrain(
     torch.manual_seed(recipe.schedule.seed)
     model = MaskedImages(Vim(recipe.model.encoder)).to(device)
     averaged = MaskedImages(Vim(recipe.model.encoder)).to(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     checkpoint = folder / "checkpoint.pt"
     progress = loop.start(model, recipe)
     if checkpoint.exists():
@@ -120,6 +121,8 @@ def pretrain(
     loop.train(model, canvases, progress, objective, on_step=on_step)
     loop.save(checkpoint, model, progress)
     averaged.load_state_dict(progress.average)
+    if not errors:  # time was up before the first validation, or nothing was left to do
+        errors.append(_error(averaged, unseen))
     card = write_encoder(
         folder / "encoder",
         averaged.encoder,

@@ -5,6 +5,8 @@ and values of the wrong kind are `SettingsError`s that name the key and the file
 """
 
 import difflib
+import math
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -122,6 +124,34 @@ class DataRecipe(_Section):
     source: str
     """Citation, for the card."""
     licence: str
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _pattern_finds_a_key(cls, pattern: str) -> str:
+        try:
+            brackets = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        if not brackets:
+            raise ValueError("needs a bracket, which finds the key: '(\\d+)\\.png$'")
+        return pattern
+
+    @field_validator("groups")
+    @classmethod
+    def _a_key_is_of_one_group(
+        cls, groups: dict[str, tuple[str, ...]]
+    ) -> dict[str, tuple[str, ...]]:
+        ranges = [(*_first_and_last(key), key, group) for group in groups for key in groups[group]]
+        for place, (first, last, key, group) in enumerate(ranges):
+            for other_first, other_last, other, other_group in ranges[:place]:
+                if group == other_group:
+                    continue
+                if key == other or (first <= other_last and other_first <= last):
+                    raise ValueError(
+                        f"{key} of {group} is also in {other_group} ({other}): a picture of two "
+                        "groups could be learnt from and scored on"
+                    )
+        return groups
 
 
 class SplitRecipe(_Section):
@@ -241,6 +271,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(root.glob("*.toml"))}
 
 
+def recipe_path(name_or_path: str | Path) -> Path:
+    """The file of a recipe, given by the name of a shipped one or by its path."""
+    return shipped_recipes().get(str(name_or_path), Path(name_or_path))
+
+
 def load_recipe(
     name_or_path: str | Path, *, encoder_weights: Path | None = None, **schedule: Any
 ) -> Recipe:
@@ -253,7 +288,7 @@ def load_recipe(
     Raises:
         SettingsError: no such recipe, not TOML, or keys or values that are not allowed.
     """
-    path = shipped_recipes().get(str(name_or_path), Path(name_or_path))
+    path = recipe_path(name_or_path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -281,11 +316,26 @@ def load_recipe(
         raise SettingsError(f"{path}: {error}") from None
 
 
+def _first_and_last(key: str) -> tuple[float, float]:
+    """The numbers of a key "7" or "5-12"; an empty range for any other."""
+    first, _, last = key.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()):
+        return math.inf, -math.inf
+    return int(first), int(last or first)
+
+
 def _complaint(item: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(), n=1)
         return f"unknown key `{place}`" + (f"; did you mean `{near[0]}`?" if near else "")
+    if place in ("split", "split.validation_groups") and item["type"] in ("missing", "too_short"):
+        return (
+            "`split.validation_groups` has to name the groups to hold out (slides, patients or "
+            "places; never pictures): scores of groups that were learnt from say nothing"
+        )
+    if item["type"] == "missing":
+        return f"`{place}` is missing"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"`{place}`: {message}" if place else message
 

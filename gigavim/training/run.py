@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gigavim.engine.devices import resolve_device
-from gigavim.errors import SettingsError
+from gigavim.errors import ModelError, OutputError, SettingsError
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.segmentation import SegmentationModel
@@ -55,6 +55,16 @@ def load_data(source: Path, recipe: Recipe) -> list[Picture]:
     return read_pack(source, recipe)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a training; raises `OutputError` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: cannot be written to")
+
+
 def check_labels(train: Sequence[Picture], held_out: Sequence[Picture], recipe: Recipe) -> None:
     """Warn of classes that nothing shows to learn from.
 
@@ -92,7 +102,12 @@ def new_model(recipe: Recipe) -> SegmentationModel:
         from gigavim.model.encoder import read_encoder, start_from
 
         weights = Path(recipe.model.encoder_weights)
-        encoder = start_from(read_encoder(weights), recipe.model.encoder)
+        try:
+            encoder = start_from(read_encoder(weights), recipe.model.encoder)
+        except ModelError as error:
+            raise (
+                error if str(weights) in str(error) else ModelError(f"{weights}: {error}")
+            ) from None
     return SegmentationModel(
         encoder, len(recipe.classes), recipe.model.head, recipe.model.head_width
     )
@@ -145,13 +160,13 @@ class Run:
         train, held_out = split(list(pictures), recipe)
         log.info("%d pictures for training, %d held out", len(train), len(held_out))
         check_labels(train, held_out, recipe)
+        make_folder(folder)
         self.canvases = Canvases(Atlas(train, device), recipe)
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
         self.model = new_model(recipe).to(device)
         atlas = self.canvases.atlas
         self.budget = Budget.of(self.model, recipe, atlas, max_memory_bytes)
         self.shadow = copy.deepcopy(self.model)
-        folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
             self.progress = loop.resume(self.checkpoint, self.model, recipe)

@@ -83,21 +83,22 @@ def draw_annotations(path: Path, image: Path, shape: tuple[int, int], recipe: Re
     return labels
 
 
-def fit_labels(labels: NDArray[np.uint8], shape: tuple[int, int], path: Path) -> Any:
+def fit_labels(labels: NDArray[Any], shape: tuple[int, int], path: Path) -> NDArray[Any]:
     """Bring a label image of the same part of the slide to the picture's size, by nearest.
 
     Raises `SettingsError` where its aspect is another.
     """
-    from PIL import Image
-
     height, width = shape
     if abs(labels.shape[1] * height / labels.shape[0] - width) > max(2, 0.01 * width):
         raise SettingsError(
             f"{path}: {labels.shape[1]} x {labels.shape[0]} px has not the aspect of its picture, "
             f"{width} x {height}"
         )
-    fitted = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
-    return np.asarray(fitted)
+    row, col = (
+        (2 * np.arange(new) + 1) * old // (2 * new)
+        for new, old in zip(shape, labels.shape[:2], strict=True)
+    )
+    return np.asarray(labels[row[:, None], col])
 
 
 def _areas(document: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -119,6 +119,18 @@ def test_a_checkpoint_of_another_model_is_refused(canvases, tmp_path):
         loop.resume(path, new_model(canvases.recipe), canvases.recipe)
 
 
+def test_a_checkpoint_with_other_groups_held_out_is_refused(canvases, tmp_path):
+    model, path = new_model(canvases.recipe), tmp_path / "checkpoint.pt"
+    loop.save(path, model, loop.start(model, canvases.recipe))
+    other = canvases.recipe.split.model_copy(update={"validation_groups": ("a",)})
+    changed = canvases.recipe.model_copy(update={"split": other})
+    with pytest.raises(SettingsError, match=r"validation_groups was \['b'\], is now \['a'\]"):
+        loop.resume(path, new_model(changed), changed)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SettingsError, match="not a checkpoint"):
+        loop.resume(path, new_model(canvases.recipe), canvases.recipe)
+
+
 @pytest.mark.parametrize("layer", ["encoder.layers.0.mixer.out_proj", "encoder.layers.1.norm"])
 def test_a_bad_gradient_names_its_layer(canvases, layer):
     model = new_model(canvases.recipe)

@@ -1,12 +1,16 @@
+import re
+import shutil
 import tomllib
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from gigavim.errors import SettingsError
-from gigavim.training.pack import glass_mask, read_pack, read_pictures, shrink, split, write_pack
+from gigavim.training.masks import glass_mask
+from gigavim.training.pack import read_pack, read_pictures, shrink, split, write_pack
 from gigavim.training.recipe import IGNORED, Recipe
 from gigavim.training.run import check_labels
 
@@ -107,11 +111,56 @@ def test_what_is_missing_is_said(tmp_path, pictures_folder, recipe):
         list(read_pictures(tmp_path, recipe))
     (tmp_path / "set/images").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "set/images/1.png")
-    with pytest.raises(SettingsError, match=r"1\.png: no mask"):
+    with pytest.raises(SettingsError, match=r"1 of 1 pictures have no mask.*1\.png"):
         list(read_pictures(tmp_path, recipe))
     (tmp_path / "broken.npz").write_bytes(b"PK no zip")
     with pytest.raises(SettingsError, match="not a packed file"):
         read_pack(tmp_path / "broken.npz", recipe)
+
+
+def test_masks_of_any_kind_show_the_same(tmp_path, pictures_folder, recipe):
+    expected = [p.labels for p in read_pictures(pictures_folder, recipe)]
+    values = [np.asarray(Image.open(p)) for p in sorted(pictures_folder.glob("*/masks/*"))]
+    shutil.copytree(pictures_folder, tmp_path / "data")
+    folder = tmp_path / "data/set/masks"
+    for number in range(1, 7):
+        (folder / f"{number}.png").unlink()
+    one, two, three, four, five, six = values
+    Image.fromarray(one > 0).save(folder / "1.png")  # of one bit
+    Image.fromarray(np.stack([two] * 3, -1)).save(folder / "2.png")
+    tifffile.imwrite(folder / "3.tif", three.astype(np.uint16), compression="lzw")
+    tifffile.imwrite(folder / "4.tif", four.astype(np.int32))
+    _with_palette(five).save(folder / "5.png")  # its numbers count, not its colours
+    Image.fromarray(six).convert("LA").save(folder / "6.png")
+    (tmp_path / "data/set/images/.DS_Store").write_bytes(b"x")
+    (tmp_path / "data/set/images/Thumbs.db").write_bytes(b"x")
+    everything = recipe.data.model_copy(update={"images": ("*/images/*",)})
+    found = read_pictures(tmp_path / "data", recipe.model_copy(update={"data": everything}))
+    for picture, labels in zip(found, expected, strict=True):
+        assert np.array_equal(picture.labels, labels), picture.name
+
+
+def _with_palette(mask):
+    picture = Image.fromarray(mask, "L").convert("P")
+    picture.putdata(mask.ravel().tolist())
+    picture.putpalette([10, 200, 30] * 256)
+    return picture
+
+
+def test_values_that_no_class_names_are_told(tmp_path, pictures_folder, recipe, caplog):
+    caplog.set_level("INFO", logger="gigavim.training")
+    shutil.copytree(pictures_folder, tmp_path / "data")
+    path = tmp_path / "data/set/masks/2.png"
+    Image.fromarray(np.full((162, 162), 7, np.uint8)).save(path)
+    list(read_pictures(tmp_path / "data", recipe))
+    assert re.search(r"no class names: 0 \(\d+%\), 7 \(\d+%\); that is tissue", caplog.text)
+    Image.fromarray(np.full((162, 100), 7, np.uint8)).save(path)
+    with pytest.raises(SettingsError, match=r"2\.png: the mask has 100 x 162 px.*162 x 162"):
+        list(read_pictures(tmp_path / "data", recipe))
+    rgb = np.full((162, 162, 3), (60, 16, 152), np.uint8)
+    Image.fromarray(rgb).save(path)
+    with pytest.raises(SettingsError, match=r"2\.png: nuclei: mask_values.*mask_rgb"):
+        list(read_pictures(tmp_path / "data", recipe))
 
 
 def test_labels_must_teach_and_score(pictures_folder, recipe, caplog):

@@ -45,6 +45,11 @@ def test_shipped_recipes_make_models_small_enough_to_ship(name):
         ("glass = 148.0", "", "data.glass must give"),
         ("depth = 2", "depth = 0", "depth"),
         ("steps = 6", "steps = ", "not valid TOML"),
+        ('b = ["3", "4"]', 'b = ["3", "6"]', "5-9 of c is also in b (6)"),
+        ('b = ["3", "4"]', 'b = ["3", "8-12"]', "5-9 of c is also in b (8-12)"),
+        ("'(\\d+)\\.\\w+$'", "'\\d+'", "needs a bracket"),
+        ("'(\\d+)\\.\\w+$'", "'(\\d+'", "not a regular expression"),
+        ('licence = "CC0"', "", "`data.licence` is missing"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, recipe_text, old, new, complaint):
