@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import math
+import textwrap
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -154,7 +156,11 @@ def resume(path: Path, model: nn.Module, recipe: Recipe) -> Progress:
         before = state.pop("origin", progress.origin)
         changed = [key for key, value in progress.origin.items() if before.get(key) != value]
     except Exception as error:  # a damaged file surfaces as almost any type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = str(error).splitlines()  # torch says on the second what does not fit
+        reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+        reason = textwrap.shorten(reason, 160)
+        if not zipfile.is_zipfile(path):
+            reason = "no whole checkpoint at all"
         raise SettingsError(
             f"{path}: not a checkpoint of this recipe ({reason}); another --output begins anew"
         ) from error

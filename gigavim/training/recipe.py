@@ -90,6 +90,12 @@ class ClassRecipe(_Section):
     """Also claims what `data.glass` finds, in place of the default class."""
 
     @property
+    def has_rule(self) -> bool:
+        """Whether masks of values or colours can show it."""
+        claims = self.mask_values or self.mask_rgb or self.is_default or self.is_empty_glass
+        return bool(claims)
+
+    @property
     def spec(self) -> ClassSpec:
         """The class as a card names it."""
         return ClassSpec(self.name, self.color_rgb, self.parent, self.object_type)

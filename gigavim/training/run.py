@@ -89,9 +89,14 @@ def check_labels(train: Sequence[Picture], held_out: Sequence[Picture], recipe: 
             f"no picture held out shows {wanted}, by which loss.monitor chooses the weights to "
             "keep: hold out groups that do, or see whether the class fits the masks"
         )
-    absent = [n for i, n in enumerate(recipe.class_names) if i not in seen["for training"]]
+    by_name = not any(c.mask_values or c.mask_rgb for c in recipe.classes)
+    absent = [
+        repr(c.name)
+        for i, c in enumerate(recipe.classes)
+        if i not in seen["for training"] and (by_name or c.has_rule)
+    ]
     if absent:
-        log.warning("no picture for training shows %s: it cannot be learnt", ", ".join(absent))
+        log.warning("no picture for training shows %s: not to be learnt so", ", ".join(absent))
 
 
 def new_model(recipe: Recipe) -> SegmentationModel:

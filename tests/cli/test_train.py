@@ -66,7 +66,7 @@ def test_pack_train_resume_and_segment(run, tmp_path, data, recipe):
     assert "held out g02" in card["training"]["split"]
     assert card["metrics"]["nuclei_dice_per_image"] >= 0
     # No picture shows empty glass: a class that is not there has no score.
-    assert "no picture for training shows background" in out.err
+    assert "no picture for training shows 'background'" in out.err
     assert not [key for key in card["metrics"] if key.startswith("background")]
     with safe_open(tmp_path / "runs/model/weights.safetensors", "np") as weights:
         dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118

@@ -166,7 +166,7 @@ def test_values_that_no_class_names_are_told(tmp_path, pictures_folder, recipe, 
 def test_labels_must_teach_and_score(pictures_folder, recipe, caplog):
     train, held_out = split(list(read_pictures(pictures_folder, recipe)), recipe)
     check_labels(train, held_out, recipe)
-    assert "no picture for training shows background" in caplog.text
+    assert "no picture for training shows 'background'" in caplog.text
     blank = [replace(p, labels=np.full_like(p.labels, TISSUE)) for p in held_out]
     with pytest.raises(SettingsError, match=r"no picture held out shows nuclei.*loss\.monitor"):
         check_labels(train, blank, recipe)
