@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from gigavim.errors import ModelError
-from gigavim.model.card import CARD_NAME, WEIGHTS_NAME, EncoderCard, read_encoder_card
+from gigavim.model.card import (
+    CARD_NAME,
+    WEIGHTS_NAME,
+    EncoderCard,
+    is_encoder,
+    read_card,
+    read_encoder_card,
+)
 from gigavim.model.config import VimConfig
 from gigavim.model.position import grid_position, split_table
 from gigavim.model.published import load_encoder_weights
@@ -66,13 +73,13 @@ def write_encoder(
 
 
 def read_encoder(path: Path) -> Vim:
-    """Load an imported folder, or any file that `load_encoder_weights` takes.
+    """Load an imported folder, that of a model, or any file that `load_encoder_weights` takes.
 
     Raises `ModelError` where it cannot be read or the folder's weights are not its card's.
     """
     if not path.is_dir():
         return load_encoder_weights(path)
-    card = read_encoder_card(path / CARD_NAME)
+    card = (read_encoder_card if is_encoder(path) else read_card)(path / CARD_NAME)
     try:
         found = hashlib.sha256((path / WEIGHTS_NAME).read_bytes()).hexdigest()
     except OSError as error:

@@ -53,6 +53,18 @@ def fill(module: nn.Module, state: dict[str, Tensor], *, source: Path) -> None:
 
 
 @torch.no_grad()
+def untied(module: nn.Module) -> float:
+    """How far decay rates are from the ratio 1 : 2 : ... : N at most, as a logarithm."""
+    worst = 0.0
+    for name, parameter in module.named_parameters():
+        if name.endswith(("A_log", "A_b_log")):
+            states = torch.arange(1.0, parameter.shape[1] + 1, device=parameter.device).log()
+            rest = parameter - states
+            worst = max(worst, float((rest - rest.mean(1, keepdim=True)).abs().max()))
+    return worst
+
+
+@torch.no_grad()
 def tie_rates(module: nn.Module) -> None:
     """Bring the decay rates of a channel's states to the ratio 1 : 2 : ... : N exactly.
 

@@ -20,7 +20,7 @@ from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
-from gigavim.model.weights import tie_rates
+from gigavim.model.weights import tie_rates, untied
 from gigavim.training import loop, score
 from gigavim.training.atlas import Atlas
 from gigavim.training.canvas import Canvases
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 20
 CHECKPOINT_SECONDS = 120.0
+UNTIED = 0.01
+"""Decay rates this far (a logarithm) from a fixed ratio have left it; half precision does less."""
 MOSAIC_SIDES = (3, 11, 34)
 """Pictures a side of the mosaics of the final report; the largest ones on GPUs only."""
 
@@ -169,6 +171,8 @@ class Run:
         self.canvases = Canvases(Atlas(train, device), recipe)
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
         self.model = new_model(recipe).to(device)
+        if recipe.model.encoder_weights and self._tied:
+            self._tie()
         atlas = self.canvases.atlas
         self.budget = Budget.of(self.model, recipe, atlas, max_memory_bytes)
         self.shadow = copy.deepcopy(self.model)
@@ -194,6 +198,16 @@ class Run:
         self.losses: list[float] = []
         self.validated = -1
         self.tokens, self.since, self.saved = 0, time.monotonic(), time.monotonic()
+
+    def _tie(self) -> None:
+        """Tie the decay rates of an encoder from elsewhere, as all kernels will take them."""
+        if untied(self.model) > UNTIED:
+            log.warning(
+                "the decay rates of %s are not in the ratio 1 : 2 : ... : N, to which training "
+                "brings them here: the encoder will not be what it was. On a GPU, a recipe with "
+                "model.tied_rates = false keeps them", self.recipe.model.encoder_weights,
+            )  # fmt: skip
+        tie_rates(self.model)
 
     def train(self) -> Result:
         """Train to the end and write the model folder, its metrics beside it."""
@@ -375,10 +389,13 @@ class Run:
 
 
 def _command(recipe: Recipe, progress: loop.Progress) -> str:
-    minutes = recipe.schedule.max_minutes
+    minutes, weights = recipe.schedule.max_minutes, recipe.model.encoder_weights
+    words = f"gigavim train {recipe.model.name}"
+    if weights:
+        words += f" --weights {Path(weights).name}"
     if minutes is None:
-        return f"gigavim train {recipe.model.name} --steps {progress.step}"
-    return f"gigavim train {recipe.model.name} --max-minutes {minutes:g} ({progress.step} steps)"
+        return f"{words} --steps {progress.step}"
+    return f"{words} --max-minutes {minutes:g} ({progress.step} steps)"
 
 
 def hardware(device: torch.device, ranks: int) -> str:

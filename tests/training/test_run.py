@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gigavim.model.encoder import read_encoder, write_encoder
 from gigavim.training import run as runs
 from gigavim.training.pack import read_pictures
 from gigavim.training.run import Run
@@ -81,3 +82,23 @@ def test_places_in_micrometres_are_strewn_over_a_slide(pictures, recipe, tmp_pat
     run.train()
     assert len({tuple(origin) for origin in met}) == recipe.schedule.steps
     assert max(max(origin) for origin in met) > 1e4
+
+
+def test_an_encoder_or_a_model_starts_another(tmp_path, pictures, recipe, caplog):
+    first = Run(recipe, pictures, tmp_path / "first", CPU).train()
+    source = read_encoder(first.model)
+    again = recipe.model.model_copy(update={"encoder_weights": str(first.model), "head": "fpn"})
+    started = Run(
+        recipe.model_copy(update={"model": again}), pictures, tmp_path / "second", CPU
+    ).model.encoder
+    for name, value in source.state_dict().items():
+        torch.testing.assert_close(started.state_dict()[name], value, atol=5e-3, rtol=0)
+    assert "ratio" not in caplog.text
+    source.layers[0].mixer.A_log.data[:, 3] += 0.5  # as published weights have it
+    write_encoder(tmp_path / "free", source, name="free", source="test")
+    free = recipe.model.model_copy(update={"encoder_weights": str(tmp_path / "free")})
+    run = Run(recipe.model_copy(update={"model": free}), pictures, tmp_path / "third", CPU)
+    assert "free are not in the ratio" in caplog.text
+    run.train()
+    card = json.loads((tmp_path / "third/model/card.json").read_text())
+    assert card["training"]["script"] == "gigavim train tiny --weights free --steps 6"
