@@ -38,8 +38,8 @@ from gigavim.cli import options
               "sequences are split to keep it, or it is said what would fit. [default: what is "
               "there, nothing is split]")  # fmt: skip
 @click.option("--weights", type=click.Path(path_type=Path), metavar="DIR|FILE",
-              help="Encoder to start from, as `gigavim models import` and `pretrain` write it, or a "
-              "model folder, for its encoder. "
+              help="Encoder to start from, as `gigavim models import` and `pretrain` write it, or "
+              "a model folder, for its encoder. "
               "[default: model.encoder_weights of the recipe]")  # fmt: skip
 @click.option("--seed", type=int, help="Instead of the recipe's.")
 @click.option("--workers", type=click.IntRange(min=1),

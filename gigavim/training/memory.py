@@ -30,8 +30,12 @@ CONTEXT_BYTES = 600_000_000
 """A GPU's memory that the driver and compiled kernels take beside torch's own."""
 STATES = 8
 """Copies of the weights: trained, averaged, best and validated, gradients twice, AdamW's two."""
-WORK_BYTES = 64
-"""Of a layer at work, gradients included, per token and channel (2 E of the width)."""
+WORK_BYTES = 72
+"""Of a layer at work, gradients included, per token gone through at once and channel (E of them).
+
+A count of the tensors alive at once on GPUs (tests/kernels/cuda/test_triton_branch.py): 23 forward,
+59 to 70 for the gradients, 16 of them states at marks.
+"""
 SHORTEST_CHUNK = 8192
 STRIP_ROWS = 16
 """Rows of tokens that a head decodes at once, where it is computed once more."""

@@ -167,7 +167,6 @@ class Run:
         train, held_out = split(list(pictures), recipe)
         log.info("%d pictures for training, %d held out", len(train), len(held_out))
         check_labels(train, held_out, recipe)
-        make_folder(folder)
         self.canvases = Canvases(Atlas(train, device), recipe)
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
         self.model = new_model(recipe).to(device)
@@ -176,6 +175,7 @@ class Run:
         atlas = self.canvases.atlas
         self.budget = Budget.of(self.model, recipe, atlas, max_memory_bytes)
         self.shadow = copy.deepcopy(self.model)
+        make_folder(folder)
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
             self.progress = loop.resume(self.checkpoint, self.model, recipe)

@@ -1,13 +1,17 @@
 """A branch of a block that recomputes, with all gradients, against the specification."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gigavim.model.registry import REGISTRY
 from gigavim.model.vim import Vim
 from gigavim.training import encode
+from gigavim.training.memory import WORK_BYTES
 from gigavim_kernels import naive, selftest
 from gigavim_kernels.weights import BlockWeights
 
@@ -151,3 +155,53 @@ def test_training_gives_what_other_kernels_give(monkeypatch, relative_error, kin
     assert gradients[0].keys() == gradients[1].keys()
     for name, found in gradients[0].items():
         assert relative_error(found, gradients[1][name]) < 1e-4, name
+
+
+class Alive(TorchDispatchMode):
+    """The bytes of tensors made within it that are alive at once, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self._seen = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage):
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self._seen:
+            self._seen[place] = size
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, place)
+
+    def _forget(self, place):
+        self.now -= self._seen.pop(place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_take_what_training_reckons_with(random_block, device, tied):
+    from gigavim_kernels.cuda.directions import stack
+    from gigavim_kernels.cuda.recompute import branch_gradients, prepare
+
+    width, most = 64, []
+    block = random_block("v2", d_model=width, states=16)
+    branch = (selftest.with_one_rate(block) if tied else block).branches[0]
+    directions = stack(branch.directions)
+    given = (branch.norm_weight, branch.in_proj, branch.out_proj, *directions.tensors)
+    weights = [w.float().contiguous().to(device) for w in given]
+    ready = prepare(weights, branch.norm_eps, directions.reverse, directions.reverse_conv, True)
+    for length in (16, 48):
+        stream, grad = (torch.randn(1, length, width, device=device) for _ in range(2))
+        entries = torch.zeros(1, 2, 1, 2 * width, 16, device=device)
+        sums = [torch.zeros_like(w) for w in weights]
+        with torch.no_grad(), Alive() as alive:
+            branch_gradients(ready, stream, None, entries, grad, sums, length)
+        most.append(alive.most)
+    per_token = (most[1] - most[0]) / 32 - 4 * width  # but for the stream's gradient
+    assert 0.7 * WORK_BYTES < per_token / (2 * width) <= WORK_BYTES
