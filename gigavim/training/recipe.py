@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gigavim.errors import GigavimError, SettingsError
 from gigavim.frames import ClassSpec
+from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.config import HeadKind, VimConfig
 from gigavim.tokens.order import ScanOrder
 
@@ -260,6 +261,43 @@ class Recipe(_Section):
         if any(c.is_empty_glass for c in self.classes) and self.data.glass is None:
             raise ValueError("a class is empty glass, so data.glass must give its grey value")
         return self
+
+    @model_validator(mode="after")
+    def _a_card_can_be_written(self) -> Self:
+        # Else that would be found out when the training is over.
+        data = self.data
+        record = TrainingRecord(script="", data=data.source, data_licence=data.licence, split="")
+        try:
+            self.card(record)
+        except ValidationError as error:
+            words = (str(e["msg"]).removeprefix("Value error, ") for e in error.errors())
+            raise ValueError("; ".join(words)) from None
+        return self
+
+    def card(self, record: TrainingRecord, **facts: Any) -> ModelCard:
+        """The card of a model of this recipe.
+
+        Args:
+            facts: fields that the recipe does not know.
+        """
+        model = self.model
+        known: dict[str, Any] = {
+            "name": model.name,
+            "description": model.description,
+            "config": model.encoder,
+            "head": model.head,
+            "head_width": model.head_width,
+            "tied_rates": model.tied_rates,
+            "mpp": model.mpp,
+            "mpp_range": model.mpp_range,
+            "illumination": model.illumination,
+            "mean": model.mean,
+            "std": model.std,
+            "classes": tuple(c.spec for c in self.classes),
+            "order": model.order,
+            "licence": model.licence,
+        }
+        return ModelCard(training=record, **known | facts)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -364,22 +364,9 @@ class Run:
             hardware=hardware(self.device, self.ranks.count),
         )
         change = metrics["bfloat16_changes"]
-        return ModelCard(
-            name=recipe.model.name,
-            description=recipe.model.description,
-            config=recipe.model.encoder,
-            head=recipe.model.head,
-            head_width=recipe.model.head_width,
+        return recipe.card(
+            record,
             tied_rates=self._tied,
-            mpp=recipe.model.mpp,
-            mpp_range=recipe.model.mpp_range,
-            illumination=recipe.model.illumination,
-            mean=recipe.model.mean,
-            std=recipe.model.std,
-            classes=tuple(c.spec for c in recipe.classes),
-            order=recipe.model.order,
-            licence=recipe.model.licence,
-            training=record,
             metrics={key: round(value, 4) for key, value in metrics.items()},
             precision_note=(
                 "weights are stored in half precision, with which the metrics were taken; bfloat16 "

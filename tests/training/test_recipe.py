@@ -49,6 +49,10 @@ def test_shipped_recipes_make_models_small_enough_to_ship(name):
         ('b = ["3", "4"]', 'b = ["3", "8-12"]', "5-9 of c is also in b (8-12)"),
         ("'(\\d+)\\.\\w+$'", "'\\d+'", "needs a bracket"),
         ("'(\\d+)\\.\\w+$'", "'(\\d+'", "not a regular expression"),
+        ("grid_hw = [4, 4]", "grid_hw = [8, 8]", "but the order is blocks(4)"),
+        ("mpp = 0.5\n", "mpp = 0.7\n", "mpp lies outside mpp_range"),
+        ("mean = [0.7, 0.6, 0.7]", "mean = [0.7, 0.6]", "need one value for each of 3 channels"),
+        ("[72, 40, 148]", "[72, 40, 300]", "color_rgb of 'nuclei' is not within 0..255"),
         ('licence = "CC0"', "", "`data.licence` is missing"),
     ],
 )
