@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from gigavim.training.recipe import IGNORED, DataRecipe, Recipe
 log = logging.getLogger(__name__)
 
 FORMAT = "gigavim-pack/1"
+TOLD_SECONDS = 10.0
 LITTER = ("Thumbs.db", "desktop.ini")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 """Files without a resolution of their own; anything else is opened as a slide."""
@@ -73,9 +75,13 @@ def read_pictures(root: Path, recipe: Recipe, *, labelled: bool = True) -> Itera
     if missing:
         raise SettingsError(f"{root}: {missing}, which data.masks looks for from their folders")
     unnamed: Counter[Any] = Counter()
-    for key, group, members in grouped:
+    told = time.monotonic()
+    for place, (key, group, members) in enumerate(grouped):
         if group is None:
             continue
+        if time.monotonic() - told > TOLD_SECONDS:
+            told = time.monotonic()
+            log.info("%d of %d pictures are read", place, len(grouped))
         image, labels, mpp = _scene(members, recipe, unnamed, labelled=labelled)
         mpp = data.mpp_of.get(key, mpp)
         name = members[0].relative_to(root).as_posix()

@@ -67,17 +67,19 @@ def make_folder(folder: Path) -> None:
         raise OutputError(f"{folder}: cannot be written to")
 
 
-def check_labels(train: Sequence[Picture], held_out: Sequence[Picture], recipe: Recipe) -> None:
+def check_labels(train: Sequence[Picture], held_out: Sequence[score.Shown], recipe: Recipe) -> None:
     """Warn of classes that nothing shows to learn from.
+
+    Args:
+        held_out: as they are scored: at the model's resolution small things may be gone.
 
     Raises:
         SettingsError: nothing is labelled on one side of the split, or the held-out pictures lack
             the class that chooses the weights to keep.
     """
-    kinds = ("for training", train), ("held out", held_out)
     seen = {
-        kind: {i for p in pictures for i in np.unique(p.labels).tolist()} - {IGNORED}
-        for kind, pictures in kinds
+        "for training": {i for p in train for i in np.unique(p.labels).tolist()} - {IGNORED},
+        "held out": {i for p in held_out for i in torch.unique(p.labels).tolist()} - {IGNORED},
     }
     for kind, values in seen.items():
         if not values:
@@ -166,9 +168,9 @@ class Run:
         self.ranks = ranks = Ranks(device)
         train, held_out = split(list(pictures), recipe)
         log.info("%d pictures for training, %d held out", len(train), len(held_out))
-        check_labels(train, held_out, recipe)
-        self.canvases = Canvases(Atlas(train, device), recipe)
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
+        check_labels(train, self.shown, recipe)
+        self.canvases = Canvases(Atlas(train, device), recipe)
         self.model = new_model(recipe).to(device)
         if recipe.model.encoder_weights and self._tied:
             self._tie()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from gigavim.errors import SettingsError
@@ -13,6 +14,7 @@ from gigavim.training.masks import glass_mask
 from gigavim.training.pack import read_pack, read_pictures, shrink, split, write_pack
 from gigavim.training.recipe import IGNORED, Recipe
 from gigavim.training.run import check_labels
+from gigavim.training.score import show
 
 NUCLEI, TISSUE = 2, 1
 
@@ -165,11 +167,12 @@ def test_values_that_no_class_names_are_told(tmp_path, pictures_folder, recipe, 
 
 def test_labels_must_teach_and_score(pictures_folder, recipe, caplog):
     train, held_out = split(list(read_pictures(pictures_folder, recipe)), recipe)
-    check_labels(train, held_out, recipe)
+    shown = [show(p, recipe.model.mpp, torch.device("cpu")) for p in held_out]
+    check_labels(train, shown, recipe)
     assert "no picture for training shows 'background'" in caplog.text
-    blank = [replace(p, labels=np.full_like(p.labels, TISSUE)) for p in held_out]
+    blank = [replace(s, labels=torch.full_like(s.labels, TISSUE)) for s in shown]
     with pytest.raises(SettingsError, match=r"no picture held out shows nuclei.*loss\.monitor"):
         check_labels(train, blank, recipe)
     unknown = [replace(p, labels=np.full_like(p.labels, IGNORED)) for p in train]
     with pytest.raises(SettingsError, match="no picture for training shows any class"):
-        check_labels(unknown, held_out, recipe)
+        check_labels(unknown, shown, recipe)
