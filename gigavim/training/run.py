@@ -5,6 +5,8 @@ import copy
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,6 +201,7 @@ class Run:
         self.logs = Logs(folder, self.progress.step) if ranks.rank == 0 else None
         self.losses: list[float] = []
         self.validated = -1
+        self.interrupted = False
         self.tokens, self.since, self.saved = 0, time.monotonic(), time.monotonic()
 
     def _tie(self) -> None:
@@ -212,16 +215,25 @@ class Run:
         tie_rates(self.model)
 
     def train(self) -> Result:
-        """Train to the end and write the model folder, its metrics beside it."""
-        loop.train(
-            self.model,
-            self.canvases,
-            self.progress,
-            loop.segmentation(loop.vim_forward(self.model, self.recipe, self.budget), self.recipe),
-            on_step=self._on_step,
-            ranks=self.ranks,
-            budget=self.budget,
-        )
+        """Train to the end and write the model folder, its metrics beside it.
+
+        Raises:
+            KeyboardInterrupt: at the end of the step in which it came, which a checkpoint keeps.
+        """
+        forward = loop.vim_forward(self.model, self.recipe, self.budget)
+        with self._stopping_between_steps():
+            loop.train(
+                self.model,
+                self.canvases,
+                self.progress,
+                loop.segmentation(forward, self.recipe),
+                on_step=self._on_step,
+                ranks=self.ranks,
+                budget=self.budget,
+            )
+        if self.interrupted:
+            log.info("step %d is kept: the same command goes on from it", self.progress.step)
+            raise KeyboardInterrupt
         self.ranks.leave()
         if self.ranks.rank:
             return Result(self.folder / "model", {}, self.progress.step, self.progress.steps)
@@ -229,6 +241,27 @@ class Run:
         if self.validated != self.progress.step:  # time was up between two validations
             self._validate()
         return self._finish()
+
+    @contextlib.contextmanager
+    def _stopping_between_steps(self) -> Iterator[None]:
+        """Let the first Ctrl-C wait for the end of a step, and the second not.
+
+        Several processes have to stop at the same step, so there the first one ends all at once.
+        """
+        if self.ranks.count > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+        def wait(_signal: int, _frame: object) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, wait)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _on_step(self, progress: loop.Progress, loss: float, tokens: int) -> bool:
         self.losses.append(loss)
@@ -258,6 +291,7 @@ class Run:
             stop = bool(patience) and progress.stale >= patience
             if stop:
                 log.info("no better score for %d validations: stopping", patience)
+        stop = stop or self.interrupted
         due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
         if self.ranks.rank == 0 and (due or stop or ends):
             loop.save(self.checkpoint, self.model, progress)

@@ -1,6 +1,7 @@
 """A whole training: what it leaves, how it stops and goes on."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,26 @@ def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path, pictures, recipe
     assert again.metrics == whole.metrics
     one, other = (tmp_path / f"{name}/model/weights.safetensors" for name in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_interrupted_training_keeps_its_step(tmp_path, pictures, recipe, monkeypatch):
+    whole = Run(recipe, pictures, tmp_path / "whole", CPU).train()
+    stopped = Run(recipe, pictures, tmp_path / "stopped", CPU)
+    note = stopped._on_step
+
+    def interrupt(progress, loss, tokens):
+        if progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return note(progress, loss, tokens)
+
+    monkeypatch.setattr(stopped, "_on_step", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert signal.getsignal(signal.SIGINT) == before
+    again = Run(recipe, pictures, tmp_path / "stopped", CPU)
+    assert again.progress.step == 2
+    assert again.train().metrics == whole.metrics
 
 
 def test_numbers_go_to_tensorboard(tmp_path, pictures, recipe):
