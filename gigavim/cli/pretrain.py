@@ -67,4 +67,5 @@ def command(
     )
     with fast_products(where, workers=found.schedule.workers):
         card, errors = pretrain(found, pictures, folder, where)
-    click.echo(f"{folder / 'encoder'}: {card.name}; error on held-out groups {errors[-1]:.4f}")
+    if card is not None:
+        click.echo(f"{folder / 'encoder'}: {card.name}; error on held-out groups {errors[-1]:.4f}")

@@ -24,6 +24,7 @@ from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode, random_origin
 from gigavim.training.graphs import Batch
 from gigavim.training.pack import Picture, split
+from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
 from gigavim.training.run import make_folder
 
@@ -78,14 +79,16 @@ class MaskedImages(nn.Module):
 
 def pretrain(
     recipe: Recipe, pictures: Sequence[Picture], folder: Path, device: torch.device
-) -> tuple[EncoderCard, list[float]]:
+) -> tuple[EncoderCard | None, list[float]]:
     """Train the encoder of a recipe on its training groups, and write it as an encoder's folder.
 
     A checkpoint in the folder is continued. The recipe's patches must not overlap.
 
     Returns:
-        The card of `folder`/encoder, and the errors on held-out groups, one at least.
+        The card of `folder`/encoder, None in all but the first of several processes, which alone
+        writes; and the errors on held-out groups, there one at least.
     """
+    ranks = Ranks(device)
     train, held_out = split(list(pictures), recipe)
     canvases = Canvases(Atlas(train, device), recipe)
     unseen = Canvases(Atlas(held_out, device), recipe)
@@ -106,7 +109,8 @@ def pretrain(
 
     def on_step(progress: loop.Progress, loss: float, tokens: int) -> bool:
         nonlocal since
-        if progress.step % recipe.schedule.validate_every == 0 or progress.step >= progress.steps:
+        due = progress.step % recipe.schedule.validate_every == 0 or progress.step >= progress.steps
+        if due and ranks.rank == 0:
             averaged.load_state_dict(progress.average)
             errors.append(_error(averaged, unseen))
             seconds = time.monotonic() - since
@@ -118,7 +122,10 @@ def pretrain(
             loop.save(checkpoint, model, progress)
         return False
 
-    loop.train(model, canvases, progress, objective, on_step=on_step)
+    loop.train(model, canvases, progress, objective, on_step=on_step, ranks=ranks)
+    ranks.leave()
+    if ranks.rank:
+        return None, []
     loop.save(checkpoint, model, progress)
     averaged.load_state_dict(progress.average)
     if not errors:  # time was up before the first validation, or nothing was left to do

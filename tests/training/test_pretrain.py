@@ -25,6 +25,7 @@ def test_learns_without_masks_and_starts_a_model(tmp_path, unlabelled, recipe):
     recipe = recipe.model_copy(update={"schedule": schedule})
     pictures = list(read_pictures(unlabelled, recipe, labelled=False))
     card, errors = pretrain(recipe, pictures, tmp_path / "out", CPU)
+    assert card is not None
     assert errors[-1] < errors[0]
     assert "masked image modelling, 15 steps" in card.source
     encoder = read_encoder(tmp_path / "out/encoder")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gigavim.model.encoder import read_encoder
+
 pytestmark = pytest.mark.slow
 
 
@@ -50,3 +52,15 @@ def test_two_processes_are_two_workers_of_one(run, tmp_path, pictures_folder, re
     expected = load_file(tmp_path / "one/model/weights.safetensors")
     for name, value in load_file(tmp_path / "two/model/weights.safetensors").items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_two_processes_pretrain_one_encoder(tmp_path, pictures_folder, recipe_text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_text)
+    for _ in range(2):  # nothing is left to do for the second
+        torchrun(
+            "pretrain", path, "--data", pictures_folder, "-o", tmp_path / "out", "--device", "cpu"
+        )
+    assert read_encoder(tmp_path / "out/encoder").config.depth == 2
+    rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6]
