@@ -6,9 +6,8 @@ still reach to that strip. So the result depends neither on how many rows a stri
 many columns a window.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigavim.ahead import in_order
 from gigavim.engine.devices import one_thread
 from gigavim.model.heads import Head, Part
 from gigavim.model.windows import Window, windows
@@ -109,13 +109,13 @@ def decode_strips(
             if overlap:
                 strip = _decoded(gather, head, grid, selection, rows, cols_at_once, context)
                 labels, carry = _overlapping(
-                    in_order(strip, cores), grid, index.shape, head.classes, carry, last=last
+                    _side_by_side(strip, cores), grid, index.shape, head.classes, carry, last=last
                 )
             else:
                 strip = _decoded(
                     gather, head, grid, selection, rows, cols_at_once, context, _patch_labels
                 )
-                labels = _adjacent(in_order(strip, cores), grid, index.shape)
+                labels = _adjacent(_side_by_side(strip, cores), grid, index.shape)
         y = row * grid.stride_px
         if y >= grid.frame.height_px:  # what is left only fills the last blocks
             return
@@ -245,7 +245,7 @@ def _decoded(
             yield partial(seen, window)
 
 
-def in_order(tasks: Iterable[Callable[[], T]], cores: int) -> Iterator[T]:
+def _side_by_side(tasks: Iterable[Callable[[], T]], cores: int) -> Iterator[T]:
     """The results of tasks, a few of which are done side by side; few wait to be taken."""
     if cores == 1:
         yield from (task() for task in tasks)
@@ -257,15 +257,9 @@ def in_order(tasks: Iterable[Callable[[], T]], cores: int) -> Iterator[T]:
         with torch.inference_mode(inferring):
             return task()
 
-    waiting: deque[Future[T]] = deque()
     share = (cores // threads,)
     with ThreadPoolExecutor(threads, "gigavim-decode", torch.set_num_threads, share) as pool:
-        for task in tasks:
-            waiting.append(pool.submit(run, task))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order(pool, (partial(run, task) for task in tasks), depth=threads)
 
 
 def _adjacent(

@@ -12,6 +12,7 @@ over a slide, gives it the same numbers:
   their neighbours what the outside of the grid is: nothing.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,7 +39,7 @@ class Part:
     """The sum of what `Head.survey` gave, or what `Head.survey_grid` did."""
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """What all heads have in common.
 
     Args:
@@ -62,7 +63,7 @@ class Head(nn.Module):
 
     def side(self, place: int, stream: Tensor) -> Tensor:
         """What the tap at `place` blocks adds: a stream (..., D) to (..., side_width)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no taps")
 
     def features(self, encoded: Tensor, side: Tensor | None) -> Tensor:
         """Join final-normed tokens (..., D) and the sum of the taps: (..., feature_width)."""
@@ -77,12 +78,13 @@ class Head(nn.Module):
             row: (n,) int64 on the grid. col: (n,) int64.
             grid_hw: (rows, cols) of the whole grid.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} surveys nothing")
 
     def survey_grid(self, grid: Tensor, kept: Tensor | None = None) -> Tensor | None:
         """The context of whole grids (B, rows, cols, feature_width), with gradients."""
         return None
 
+    @abstractmethod
     def decode(
         self, features: Tensor, kept: Tensor | None = None, part: Part | None = None
     ) -> Tensor:
@@ -96,7 +98,6 @@ class Head(nn.Module):
         Returns:
             (B, rows, cols, classes, patch_px, patch_px) logits.
         """
-        raise NotImplementedError
 
 
 class LinearHead(Head):

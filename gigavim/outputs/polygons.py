@@ -6,15 +6,16 @@ rest is kept until the sweep has passed it and then united (`gigavim.outputs.sea
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
 import shapely
 
+from gigavim.ahead import in_order
 from gigavim.errors import OutputError
 from gigavim.frames import ClassSpec, MapFrame
 from gigavim.outputs.labels import LabelMap
@@ -127,7 +128,8 @@ def regions(
                     for table in tables
                 ]
 
-            for tile in _ahead(pool, trace, range(0, labels.width, tile_px), depth=2 * workers):
+            tiles = (partial(trace, x) for x in range(0, labels.width, tile_px))
+            for tile in in_order(pool, tiles, depth=2 * workers):
                 for layer, pieces in zip(seams, tile, strict=True):
                     inner = options.kept(Regions(pieces.inner_labels, pieces.inner))
                     if len(inner.labels):
@@ -178,27 +180,6 @@ def lineage(classes: Sequence[ClassSpec], value: int) -> list[int]:
 def is_exported(spec: ClassSpec) -> bool:
     """Whether regions of the class are written."""
     return spec.object_type != "none" and spec.name.casefold() != "background"
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    job: Callable[[int], list[TilePieces]],
-    items: Sequence[int],
-    *,
-    depth: int,
-) -> Iterator[list[TilePieces]]:
-    """Results of `job` in order, at most `depth` of them computed ahead."""
-    waiting: deque[Future[list[TilePieces]]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(job, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _trace_tile(values: np.ndarray, *, x: int, y: int, map_hw: tuple[int, int]) -> TilePieces:
