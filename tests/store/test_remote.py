@@ -40,7 +40,8 @@ def s3() -> Iterator[str]:
             patch.setenv(name, value)
         patch.delenv("AWS_PROFILE", raising=False)
         s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem(use_listings_cache=False).mkdir("archive")
+        # A bucket of its own: all of moto's servers in a process share them.
+        s3fs.S3FileSystem(use_listings_cache=False).mkdir("stores")
         yield address
         s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
@@ -72,7 +73,7 @@ def pair(s3, make_card, tmp_path_factory) -> tuple[Any, str]:
         patch.setattr(layout, "CHUNK_BYTES", 4096)
         store = gigavim.embed(folder / "slide.tif", settings=settings).open()
     assert store.embeddings.chunks == (64, 32)
-    url = "s3://archive/slide.embeddings.zarr"
+    url = "s3://stores/slide.embeddings.zarr"
     s3fs.S3FileSystem(use_listings_cache=False).put(store.location, url, recursive=True)
     return store, url
 
@@ -149,6 +150,6 @@ def test_options_of_the_file_system_are_kept(pair, s3, monkeypatch):
 def test_what_is_not_on_s3_says_so(s3):
     assert os.environ["AWS_ENDPOINT_URL"] == s3
     with pytest.raises(StoreError, match="there is no embedding store"):
-        gigavim.open_embeddings("s3://archive/nothing.embeddings.zarr")
+        gigavim.open_embeddings("s3://stores/nothing.embeddings.zarr")
     with pytest.raises(StoreError, match="there is no embedding store"):
         gigavim.open_embeddings("s3://nobucket/nothing.embeddings.zarr")
