@@ -55,9 +55,11 @@ class CudaBlock:
                 continue
             inner = branch.in_proj[: branch.out_proj.shape[1]]
             x = F.linear(self._norm(branch, stream, left, right), inner)
-            c, dt, bc, _ = scan_inputs(d, x, before=self.halo, after=self.halo)
+            own = scan_inputs(d, x, before=self.halo, after=self.halo, steps=True)
             first = torch.stack([next(given) for _ in d.reverse])[:, None]  # (S, 1, E, N)
-            last = scan_states(c, dt, d.A, bc, d.dt_bias, first, reverse=d.reverse)
+            last = scan_states(
+                own.c, own.dt, d.A, own.bc, d.dt_bias, first, reverse=d.reverse, steps=own.steps
+            )
             carried += last[:, 0].unbind()
         return tuple(carried)
 
@@ -107,9 +109,12 @@ class CudaBlock:
         """All directions of a branch over normed rows (B, halo + T + halo, D)."""
         d, width = branch.directions, branch.out_proj.shape[1]
         xz = F.linear(rows, branch.in_proj)
-        c, dt, bc, _ = scan_inputs(d, xz[:, :, :width], before=halo, after=halo)
+        own = scan_inputs(d, xz[:, :, :width], before=halo, after=halo, steps=True)
         z = xz[:, halo : xz.shape[1] - halo, width:]  # (B, T, E)
-        return scan(c, dt, d.A, bc, d.D, z, d.dt_bias, first, reverse=d.reverse)
+        return scan(
+            own.c, own.dt, d.A, own.bc, d.D, z, d.dt_bias, first, reverse=d.reverse,
+            steps=own.steps,
+        )  # fmt: skip
 
     def _add(self, stream: Tensor, outputs: list[Tensor]) -> None:
         """Add what the branches give, each (T, E), to the stream (T, D), in place."""

@@ -87,11 +87,13 @@ class ScanInputs(NamedTuple):
     c: Tensor
     """(S, B, T, E), the convolved rows."""
     dt: Tensor
-    """(S, B, T, E), before bias and softplus."""
+    """(S, B, T, E), before bias and softplus, or the steps, see `steps`."""
     bc: Tensor
     """(S, B, T, 2 N) float32: B and C of a token, one after the other."""
     low: Tensor | None
     """(S, B, T, R), what dt is a product of, if it was to be kept."""
+    steps: bool
+    """Whether dt are the steps, softplus(dt + bias)."""
 
 
 def stack(directions: Sequence[Direction]) -> Directions:
@@ -121,19 +123,28 @@ def compact_rates(directions: Sequence[Direction]) -> tuple[Direction, ...]:
 
 
 def scan_inputs(
-    d: Directions, x: Tensor, *, before: int, after: int, keep_low: bool = False
+    d: Directions,
+    x: Tensor,
+    *,
+    before: int,
+    after: int,
+    steps: bool = False,
+    keep_low: bool = False,
 ) -> ScanInputs:
     """Convolve and project inner rows x (B, before + T + after, E) for the T tokens in between.
 
-    The weights of the products, x_proj and dt_weight, have the dtype of x.
+    The weights of the products, x_proj and dt_weight, have the dtype of x. `steps` asks for steps
+    in place of dt, which rows of 16 bits come with at no cost; others are left to the scan.
     """
     c = convolve(x, d.conv_weight, d.conv_bias, reverse=d.reverse_conv, before=before, after=after)
     if x.element_size() == 2:
-        return ScanInputs(c, *project(c, d.x_proj, d.dt_weight, keep_low=keep_low))
+        bias = d.dt_bias if steps else None
+        projected = project(c, d.x_proj, d.dt_weight, dt_bias=bias, keep_low=keep_low)
+        return ScanInputs(c, *projected, steps)
     projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT).view(*c.shape[:3], -1)
     low, bc = projected.split_with_sizes((d.dt_weight.shape[2], 2 * d.states), -1)
     dt = torch.bmm(low.flatten(1, 2), d.dt_weight.mT)
-    return ScanInputs(c, dt.view(c.shape), bc.contiguous(), low)
+    return ScanInputs(c, dt.view(c.shape), bc.contiguous(), low, steps=False)
 
 
 def _pad_rank(direction: Direction) -> tuple[Tensor, Tensor]:

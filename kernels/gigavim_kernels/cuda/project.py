@@ -2,7 +2,8 @@
 
 A program multiplies a tile of convolved tokens of one direction with x_proj; B and C leave it in
 float32, as the scan reads them, and what dt is a product of never leaves it. By count 3.3 KB a
-token of Vim-Ti and two directions are moved.
+token of Vim-Ti and two directions are moved. Where no gradient is wanted it makes steps of dt: the
+scan, which the arithmetic holds up, would do so in each of its passes.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gigavim_kernels.cuda.arithmetic import multiplied
+from gigavim_kernels.cuda.arithmetic import multiplied, softplus
 from gigavim_kernels.cuda.launch import SIZES, on_device_of, options
 
 BLOCK_TOKENS, BLOCK_CHANNELS, WARPS, STAGES = 64, 64, 4, 3
@@ -26,6 +27,7 @@ def _project(
     p_dt: tl.tensor,  # (S, T, E)
     p_bc: tl.tensor,  # (S, T, 2 N)
     p_low: tl.tensor,  # (S, T, R) or None
+    p_bias: tl.tensor,  # (S, E) or None: p_dt receives dt itself, not the steps
     length: tl.tensor,
     S: tl.constexpr,
     E: tl.constexpr,
@@ -61,17 +63,26 @@ def _project(
         p_w = p_dt_weight + (e + o_e)[None, :] * R + o_p[:, None]
         w = tl.load(p_w, mask=m_e & m_r[:, None], other=0.0)
         dt = multiplied(low, w, tl.zeros([BT, BE], tl.float32))
+        if p_bias is not None:
+            bias = tl.load(p_bias + i_s * E + e + o_e, mask=e + o_e < E, other=0.0)
+            dt = softplus(dt + bias[None, :])
         tl.store(p_dt + o_t * E + (e + o_e)[None, :], dt.to(p_dt.dtype.element_ty), mask=m_t & m_e)
 
 
 def project(
-    c: Tensor, x_proj: Tensor, dt_weight: Tensor, *, keep_low: bool
+    c: Tensor,
+    x_proj: Tensor,
+    dt_weight: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    keep_low: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return dt, B and C of convolved rows.
 
     Args:
         c: (S, B, T, E) of 16 bits, contiguous.
         x_proj: (S, R + 2 N, E); dt_weight: (S, E, R). Contiguous, in the dtype of the rows.
+        dt_bias: (S, E) float32; if given, softplus(dt + dt_bias) is returned in place of dt.
         keep_low: whether the last result is wanted.
 
     Returns:
@@ -87,7 +98,7 @@ def project(
         return dt, bc, low
     with on_device_of(c):
         _project[(directions * -(-batch * length // BLOCK_TOKENS),)](
-            c, x_proj, dt_weight, dt, bc, low, batch * length,
+            c, x_proj, dt_weight, dt, bc, low, dt_bias, batch * length,
             S=directions, E=channels, R=rank, N2=both, BT=BLOCK_TOKENS, BE=BLOCK_CHANNELS,
             BP=max(SMALLEST_PRODUCT, triton.next_power_of_2(rank + both)), STAGES=STAGES,
             **options(WARPS),

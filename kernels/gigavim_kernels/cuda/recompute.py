@@ -91,7 +91,7 @@ def add_branch(
         only = d.only(backward)
         for k in range(len(chunks) - 1, 0, -1):
             rows = _rows(branch, stream, chunks[k], gated=False)
-            c, dt, bc, _ = scan_inputs(only, rows.xz, before=rows.before, after=rows.after)
+            c, dt, bc, *_ = scan_inputs(only, rows.xz, before=rows.before, after=rows.after)
             entries[k - 1, backward] = scan_states(
                 c, dt, only.A, bc, only.dt_bias, entries[k, backward], reverse=only.reverse
             )
@@ -99,7 +99,7 @@ def add_branch(
     for k, part in enumerate(chunks):
         rows = _rows(branch, stream, part)
         x, z = rows.xz[:, :, : branch.width], rows.xz[:, rows.tokens, branch.width :]
-        c, dt, bc, _ = scan_inputs(d, x, before=rows.before, after=rows.after)
+        c, dt, bc, *_ = scan_inputs(d, x, before=rows.before, after=rows.after)
         found = scan(c, dt, d.A, bc, d.D, z, d.dt_bias, entries[k], reverse=d.reverse)
         if k + 1 < len(chunks):
             entries[k + 1, forward] = found.last[forward]
@@ -177,7 +177,7 @@ def _chunk_gradients(
     d, width = branch.directions, branch.width
     rows = _rows(branch, stream, chunk)
     x, z = rows.xz[:, :, :width], rows.xz[:, rows.tokens, width:]
-    c, dt, bc, low = scan_inputs(d, x, before=rows.before, after=rows.after, keep_low=True)
+    c, dt, bc, low, _ = scan_inputs(d, x, before=rows.before, after=rows.after, keep_low=True)
     assert low is not None
     found = scan(c, dt, d.A, bc, d.D, z, d.dt_bias, entry, reverse=d.reverse, mark=True)
     grad = grad.to(branch.out_proj.dtype).contiguous()

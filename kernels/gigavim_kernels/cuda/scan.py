@@ -58,6 +58,7 @@ def scan(
     first: Tensor | None = None,
     *,
     reverse: Sequence[bool],
+    steps: bool = False,
     chunk: int | None = None,
     mark: bool = False,
 ) -> Scanned:
@@ -70,6 +71,7 @@ def scan(
         A: (S, E, N), or (S, E, 1), see `naive.spread_rates`; D, dt_bias: (S, E);
             first: (S, B, E, N). Contiguous float32.
         reverse: for each direction, whether it scans from the last token to the first.
+        steps: dt are the steps, softplus(dt + dt_bias): they are taken as they are.
         chunk: tokens per chunk, chosen by size if absent; with marks rounded up to whole ones.
         mark: keep states for the gradients.
     """
@@ -90,7 +92,7 @@ def scan(
     plan = _plan(x, states, kernel, chunk, MARK if mark else 1)
     starts = None
     if plan.chunks > 1:
-        starts = enter_chunks(x, dt, A, bc, dt_bias, first, last, decay, reverse, plan)
+        starts = enter_chunks(x, dt, A, bc, dt_bias, first, last, decay, reverse, steps, plan)
     for i in range(directions):
         final = i == directions - 1
         with on_device_of(x):
@@ -100,7 +102,7 @@ def scan(
                 length, plan.chunk, plan.chunks,
                 *x.stride()[1:3], *dt.stride()[1:3], *((0, 0) if z is None else z.stride()[:2]),
                 int(reverse[i]),
-                E=channels, N=states, TIED=tied, BE=plan.block_e,
+                E=channels, N=states, TIED=tied, STEPS=steps, BE=plan.block_e,
                 STAGES=STAGES, UNROLL=1 if mark else UNROLL, MARK=MARK, ADD=i > 0,
                 **options(1, registers=kernel.registers),
             )  # fmt: skip
@@ -116,6 +118,7 @@ def scan_states(
     first: Tensor | None = None,
     *,
     reverse: Sequence[bool],
+    steps: bool = False,
 ) -> Tensor:
     """Return the last states of `scan`, (S, B, E, N), without its outputs."""
     directions, batch, length, channels = x.shape
@@ -124,7 +127,7 @@ def scan_states(
     if last.numel() == 0 or length == 0:
         return last.zero_() if first is None else first.clone()
     plan = _plan(x, states, FORWARD_TIED if is_tied(A, states) else FORWARD, None, 1)
-    enter_chunks(x, dt, A, bc, dt_bias, first, last, None, reverse, plan)
+    enter_chunks(x, dt, A, bc, dt_bias, first, last, None, reverse, steps, plan)
     return last
 
 
@@ -138,6 +141,7 @@ def enter_chunks(
     last: Tensor,
     decay: Tensor | None,
     reverse: Sequence[bool],
+    steps: bool,
     plan: ScanPlan,
 ) -> Tensor:
     """Return the states at which all chunks are entered (S, B, K, N, E); fill last and decay."""
@@ -150,7 +154,7 @@ def enter_chunks(
             x, dt, bc, A, dt_bias, ends, sums,
             length, batch, plan.chunk, plan.chunks, *x.stride()[:3], *dt.stride()[:3],
             reverse_bits(reverse),
-            E=channels, N=states, TIED=is_tied(A, states), BE=plan.block_e,
+            E=channels, N=states, TIED=is_tied(A, states), STEPS=steps, BE=plan.block_e,
             STAGES=STAGES, UNROLL=UNROLL, **options(1, registers=FORWARD.registers),
         )  # fmt: skip
     combine(ends, sums, A, first, last, decay, reverse)

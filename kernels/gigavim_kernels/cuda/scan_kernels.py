@@ -12,7 +12,8 @@ Sizes: S directions, B batch, L tokens, K chunks, E channels, N states. Names: p
 of a program, o_ offset, m_ mask, s_ stride between directions (s), sequences (b), tokens (t).
 Offsets along the sequence are 64 bits wide. Bit s of `reverse` is set if direction s scans from the
 last token to the first; chunks are numbered in token order either way. p_bc: B and C of a token,
-one after the other, float32: (S, B, L, 2 N) or without S.
+one after the other, float32: (S, B, L, 2 N) or without S. STEPS: what p_dt points to are the
+steps, softplus(dt + bias), already.
 """
 
 import triton
@@ -57,6 +58,7 @@ def chunk_ends(
     E: tl.constexpr,
     N: tl.constexpr,
     TIED: tl.constexpr,
+    STEPS: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -90,7 +92,7 @@ def chunk_ends(
         x = tl.load(p_x + o_e).to(tl.float32)
         dt = tl.load(p_dt + o_e).to(tl.float32)
         b, _c = halves(tl.load(p_bc + tl.arange(0, 2 * N)), N)
-        delta = softplus(dt + bias)
+        delta = dt if STEPS else softplus(dt + bias)
         h += decays(a, total, N, TIED, delta * x) * b[:, None]
         total += delta
         p_x += sense * s_xt
@@ -184,6 +186,7 @@ def chunk_outputs(
     E: tl.constexpr,
     N: tl.constexpr,
     TIED: tl.constexpr,
+    STEPS: tl.constexpr,
     BE: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -228,7 +231,7 @@ def chunk_outputs(
         if p_marks is not None and i % MARK == 0:
             o_mark = tl.full([], i // MARK, tl.int64) * N * E
             store_states(p_marks + o_mark, o_lane, E, h, N)
-        delta = softplus(dt + bias)
+        delta = dt if STEPS else softplus(dt + bias)
         h = advance(h, a, delta, x, b, N, TIED)
         y = tl.sum(h * c[:, None], 0) + skip * x
         if ADD:

@@ -145,7 +145,7 @@ def test_products_of_convolved_rows(
     c = torch.randn(2, batch, length, channels).to(dtype)
     x_proj = torch.randn(2, rank + 2 * states, channels).to(dtype)
     dt_weight = torch.randn(2, channels, rank).to(dtype)
-    given = (t.to(device) for t in (c, x_proj, dt_weight))
+    given = [t.to(device) for t in (c, x_proj, dt_weight)]
     dt, bc, low = project(*given, keep_low=True)
     projected = torch.einsum("sble,spe->sblp", c.double(), x_proj.double())
     assert bc.dtype == torch.float32
@@ -153,6 +153,10 @@ def test_products_of_convolved_rows(
     assert relative_error(low.cpu(), projected[..., :rank]) < 1e-2
     exact = torch.einsum("sblr,ser->sble", low.cpu().double(), dt_weight.double())
     assert relative_error(dt.cpu(), exact) < 1e-2
+    bias = torch.randn(2, channels) - 4
+    steps, *_ = project(*given, dt_bias=bias.to(device))
+    exact = F.softplus(exact + bias[:, None, None])
+    assert relative_error(steps.cpu(), exact) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize(

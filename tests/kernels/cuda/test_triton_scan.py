@@ -156,6 +156,17 @@ def test_a_huge_step_forgets_the_past(scan, device):
     )
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_steps_may_be_given_in_place_of_dt(scan, relative_error, device, chunk):
+    given = draw(2, 1, 11, 6, 8, device)
+    expected = scan(**given, reverse=BOTH, chunk=chunk)
+    bias = given.pop("dt_bias")[:, None, None]
+    given["dt"] = torch.nn.functional.softplus(given["dt"] + bias)
+    found = scan(**given, reverse=BOTH, chunk=chunk, steps=True)
+    assert relative_error(found.y, expected.y) < 1e-5
+    assert relative_error(found.last, expected.last) < 1e-5
+
+
 def test_tiny_steps_keep_their_digits(scan, relative_error, device):
     given = draw(1, 1, 12, 6, 8, device)
     given["dt"] = given["dt"] - 12
