@@ -8,8 +8,9 @@ from gigavim.model.vim import OnStream, Vim
 from gigavim.tokens.order import ScanOrder
 from gigavim_kernels.backends import Precision, prepare_block, resolve_precision
 
-RECORDED_TOKENS = 1 << 17
-"""Of a batch, on a GPU: over more, its kernels take longer than telling it of them."""
+PART_ELEMENTS = 27_000_000
+"""Tokens times d_model of images that are encoded together: 140,000 tokens of Vim-Ti fill a GPU and
+take about a gigabyte of temporaries."""
 
 
 class ImageEncoder:
@@ -40,7 +41,7 @@ class ImageEncoder:
             for block in encoder.block_weights()
         ]
         self._norm_weight = encoder.norm_f.weight.detach().to(self.device)
-        self._replayed = Replayed(self._encoded, largest=RECORDED_TOKENS * encoder.config.d_model)
+        self._replayed = Replayed(self._encoded, largest=PART_ELEMENTS)
 
     @torch.no_grad()
     def encode(self, tokens: Tensor, *, on_stream: OnStream | None = None) -> Tensor:
@@ -49,9 +50,10 @@ class ImageEncoder:
         The stream that `on_stream` is told of changes after the call.
         """
         tokens = tokens.to(self.device, torch.float32).contiguous()
-        if on_stream is None:
-            return self._replayed(tokens)
-        return self._encoded(tokens, on_stream)
+        if on_stream is not None:
+            return self._encoded(tokens, on_stream)
+        parts = [self._replayed(part) for part in _parts(tokens)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _encoded(self, tokens: Tensor, on_stream: OnStream | None = None) -> Tensor:
         stream = tokens.clone()
@@ -68,3 +70,10 @@ class ImageEncoder:
         """Do what `Vim.forward` does with normalised images (B, C, H, W)."""
         tokens = self._encoder.tokens(images.to(self._encoder.norm_f.weight.device), order=order)
         return self._encoder.classify(self.encode(tokens).to(tokens.device))
+
+
+def _parts(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Sequences (B, L, D) in parts of about as many each, of `PART_ELEMENTS` at most."""
+    most = max(1, PART_ELEMENTS // max(1, tokens[:1].numel()))
+    count = max(1, -(-len(tokens) // most))
+    return tokens.split(max(1, -(-len(tokens) // count)))

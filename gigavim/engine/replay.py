@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[Tensor], Tensor]
 SHAPES = 4
-"""Graphs at most: each holds on to the memory of its work."""
+"""Graphs at most: each holds on to its input and output; all share the memory in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Replayed:
         self._work, self._largest = work, largest
         self._seen: set[tuple[int, ...]] = set()
         self._recorded: dict[tuple[int, ...], _Recorded] = {}
+        self._pool: tuple[int, int] | None = None
 
     def __call__(self, given: Tensor) -> Tensor:
         """What the work returns."""
@@ -63,7 +64,7 @@ class Replayed:
             graph, kept = torch.cuda.CUDAGraph(), given.clone()
         torch.cuda.synchronize(given.device)
         try:
-            with torch.cuda.device(given.device), torch.cuda.graph(graph):
+            with torch.cuda.device(given.device), torch.cuda.graph(graph, pool=self._pool):
                 found = self._work(kept)
         except RuntimeError as error:
             self._largest = 0
@@ -71,4 +72,5 @@ class Replayed:
             reason = str(error).splitlines()[0]
             log.warning("short work cannot be recorded as CUDA graphs (%s): it is slower", reason)
             return
+        self._pool = graph.pool()
         self._recorded[tuple(given.shape)] = _Recorded(graph, kept, found)

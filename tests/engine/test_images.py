@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gigavim.engine import images as engine
 from gigavim.engine.images import ImageEncoder
 from gigavim.model.config import VimConfig
 from gigavim.model.vim import Vim
@@ -22,6 +23,16 @@ def test_batches_meet_the_model(bidirectional, size):
     with torch.no_grad():
         expected = model(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 700, 1100, 10_000])
+def test_large_batches_are_encoded_in_parts(monkeypatch, most):
+    torch.manual_seed(0)
+    model = Vim(VimConfig(d_model=32, depth=2, patch_px=8, stride_px=8, grid_hw=(4, 4))).eval()
+    images = torch.randn(5, 3, 32, 32)
+    whole = ImageEncoder(model, precision="fp32")(images)
+    monkeypatch.setattr(engine, "PART_ELEMENTS", most)
+    assert torch.equal(ImageEncoder(model, precision="fp32")(images), whole)
 
 
 @pytest.mark.gpu

@@ -35,8 +35,9 @@ def softplus(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def sigmoid(x: tl.tensor) -> tl.tensor:
-    """Logistic function."""
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    """Logistic function; the square of a root's reciprocal takes no division."""
+    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2_E))
+    return root * root
 
 
 @triton.jit
