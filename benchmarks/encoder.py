@@ -40,14 +40,7 @@ Run = Callable[[Tensor], object]
 def vim(device: torch.device, *, tied: bool) -> Run:
     """Vim-Ti's tokens and blocks: what the peers' `forward_features` does."""
     model = vim_tiny(tied=tied).to(device)
-    encoder = ImageEncoder(model, device=device, precision="bf16")
-
-    def run(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            tokens = model.tokens(images)
-        return encoder.encode(tokens)
-
-    return run
+    return ImageEncoder(model, device=device, precision="bf16").features
 
 
 def deit(device: torch.device, side_px: int, *, fused: bool) -> Run | None:

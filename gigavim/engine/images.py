@@ -66,14 +66,39 @@ class ImageEncoder:
         return torch.nn.functional.rms_norm(stream, stream.shape[-1:], self._norm_weight, eps)
 
     @torch.no_grad()
+    def features(self, images: Tensor, *, order: ScanOrder | None = None) -> Tensor:
+        """Embed and encode normalised images (B, C, H, W): (B, L, D) float32 on the device."""
+        home = self._encoder.norm_f.weight.device
+        half = self.precision == "bf16" and home.type == "cuda"
+        found = []
+        for part in torch.split(images, self._images_at_once(images)):
+            with torch.autocast(home.type, torch.bfloat16, enabled=half):
+                tokens = self._encoder.tokens(part.to(home), order=order)
+            found.append(self.encode(tokens))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    @torch.no_grad()
     def __call__(self, images: Tensor, *, order: ScanOrder | None = None) -> Tensor:
         """Do what `Vim.forward` does with normalised images (B, C, H, W)."""
-        tokens = self._encoder.tokens(images.to(self._encoder.norm_f.weight.device), order=order)
-        return self._encoder.classify(self.encode(tokens).to(tokens.device))
+        found = self.features(images, order=order)
+        return self._encoder.classify(found.to(self._encoder.norm_f.weight.device))
+
+    def _images_at_once(self, images: Tensor) -> int:
+        config = self._encoder.config
+        rows, cols = ((side - config.patch_px) // config.stride_px + 1 for side in images.shape[2:])
+        return _at_once(len(images), (rows * cols + config.class_tokens) * config.d_model)
 
 
 def _parts(tokens: Tensor) -> tuple[Tensor, ...]:
-    """Sequences (B, L, D) in parts of about as many each, of `PART_ELEMENTS` at most."""
-    most = max(1, PART_ELEMENTS // max(1, tokens[:1].numel()))
-    count = max(1, -(-len(tokens) // most))
-    return tokens.split(max(1, -(-len(tokens) // count)))
+    """Sequences (B, L, D) in parts that are encoded together."""
+    return torch.split(tokens, _at_once(len(tokens), tokens[:1].numel()))
+
+
+def _at_once(count: int, elements: int) -> int:
+    """How many of `count` sequences of so many elements to take at once, about as many each time.
+
+    Of `PART_ELEMENTS` at most, but one at least.
+    """
+    most = max(1, PART_ELEMENTS // max(1, elements))
+    parts = max(1, -(-count // most))
+    return max(1, -(-count // parts))

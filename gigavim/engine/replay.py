@@ -7,6 +7,7 @@ thousand tokens; a recorded graph of hundreds is told of once.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Replayed:
         self._work, self._largest = work, largest
         self._seen: set[tuple[int, ...]] = set()
         self._recorded: dict[tuple[int, ...], _Recorded] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, given: Tensor) -> Tensor:
         """What the work returns."""

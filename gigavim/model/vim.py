@@ -111,7 +111,7 @@ class Vim(nn.Module):
         position = self.position(row, col, (rows, cols), origin_um=origin_um)
         patches = grid.flatten(1, 2)[:, cells] if order is not None else grid.flatten(1, 2)
         own = self.class_rows().expand(len(images), -1, -1)
-        return insert_class_tokens(full_precision(patches) + position, own, self.config.class_token)
+        return insert_class_tokens(patches + full_precision(position), own, self.config.class_token)
 
     def position(
         self,

@@ -139,8 +139,8 @@ def scan_inputs(
     c = convolve(x, d.conv_weight, d.conv_bias, reverse=d.reverse_conv, before=before, after=after)
     if x.element_size() == 2:
         bias = d.dt_bias if steps else None
-        projected = project(c, d.x_proj, d.dt_weight, dt_bias=bias, keep_low=keep_low)
-        return ScanInputs(c, *projected, steps)
+        dt, bc, low = project(c, d.x_proj, d.dt_weight, dt_bias=bias, keep_low=keep_low)
+        return ScanInputs(c, dt, bc, low, steps)
     projected = torch.bmm(c.flatten(1, 2), d.x_proj.mT).view(*c.shape[:3], -1)
     low, bc = projected.split_with_sizes((d.dt_weight.shape[2], 2 * d.states), -1)
     dt = torch.bmm(low.flatten(1, 2), d.dt_weight.mT)
