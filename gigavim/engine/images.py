@@ -7,10 +7,11 @@ from gigavim.engine.replay import Replayed
 from gigavim.model.vim import OnStream, Vim
 from gigavim.tokens.order import ScanOrder
 from gigavim_kernels.backends import Precision, prepare_block, resolve_precision
+from gigavim_kernels.block import apply_in_turn
 
-PART_ELEMENTS = 27_000_000
-"""Tokens times d_model of images that are encoded together: 140,000 tokens of Vim-Ti fill a GPU and
-take about a gigabyte of temporaries."""
+PART_ELEMENTS = 40_000_000
+"""Tokens times d_model of images that are encoded together: 208,000 tokens of Vim-Ti, which take
+about 1.3 GB."""
 
 
 class ImageEncoder:
@@ -42,6 +43,7 @@ class ImageEncoder:
         ]
         self._norm_weight = encoder.norm_f.weight.detach().to(self.device)
         self._replayed = Replayed(self._encoded, largest=PART_ELEMENTS)
+        self._placed: tuple[object, Tensor] | None = None
 
     @torch.no_grad()
     def encode(self, tokens: Tensor, *, on_stream: OnStream | None = None) -> Tensor:
@@ -51,17 +53,17 @@ class ImageEncoder:
         """
         tokens = tokens.to(self.device, torch.float32).contiguous()
         if on_stream is not None:
-            return self._encoded(tokens, on_stream)
-        parts = [self._replayed(part) for part in _parts(tokens)]
+            return self._encoded(tokens.clone(), on_stream)
+        parts = [self._replayed(part.clone()) for part in _parts(tokens)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _encoded(self, tokens: Tensor, on_stream: OnStream | None = None) -> Tensor:
-        stream = tokens.clone()
-        notify: OnStream = on_stream or (lambda done, stream: None)
-        notify(0, stream)
-        for done, kernel in enumerate(self._kernels, 1):
-            kernel.apply(stream)
-            notify(done, stream)
+    def _encoded(self, stream: Tensor, on_stream: OnStream | None = None) -> Tensor:
+        """The final-normed tokens of a stream, which the blocks change in place."""
+        if on_stream is None:
+            apply_in_turn(self._kernels, stream)
+        else:
+            on_stream(0, stream)
+            apply_in_turn(self._kernels, stream, lambda done: on_stream(done, stream))
         eps = self._encoder.norm_f.eps
         return torch.nn.functional.rms_norm(stream, stream.shape[-1:], self._norm_weight, eps)
 
@@ -72,9 +74,11 @@ class ImageEncoder:
         half = self.precision == "bf16" and home.type == "cuda"
         found = []
         for part in torch.split(images, self._images_at_once(images)):
+            position = self._position(part.shape[2], part.shape[3], order)
             with torch.autocast(home.type, torch.bfloat16, enabled=half):
-                tokens = self._encoder.tokens(part.to(home), order=order)
-            found.append(self.encode(tokens))
+                tokens = self._encoder.tokens(part.to(home), order=order, position=position)
+            stream = tokens.to(self.device, torch.float32).contiguous()
+            found.append(self._replayed(stream))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     @torch.no_grad()
@@ -83,9 +87,20 @@ class ImageEncoder:
         found = self.features(images, order=order)
         return self._encoder.classify(found.to(self._encoder.norm_f.weight.device))
 
+    def _position(self, height_px: int, width_px: int, order: ScanOrder | None) -> Tensor:
+        """The patches' position embedding, the last one kept: on a GPU it takes as long as a block.
+
+        It is that of the weights when it was first asked for.
+        """
+        key = (height_px, width_px, order)
+        if self._placed is None or self._placed[0] != key:
+            grid_hw = self._encoder.patch_embed.grid_hw(height_px, width_px)
+            self._placed = key, self._encoder.patch_positions(grid_hw, order)
+        return self._placed[1]
+
     def _images_at_once(self, images: Tensor) -> int:
+        rows, cols = self._encoder.patch_embed.grid_hw(*images.shape[2:])
         config = self._encoder.config
-        rows, cols = ((side - config.patch_px) // config.stride_px + 1 for side in images.shape[2:])
         return _at_once(len(images), (rows * cols + config.class_tokens) * config.d_model)
 
 

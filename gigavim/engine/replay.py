@@ -34,7 +34,8 @@ class Replayed:
     first few shapes. Where recording fails, everything stays plain.
 
     Args:
-        work: without side effects, and without a look at numbers from the host.
+        work: without a look at numbers from the host, and without effects but on its input, which
+            may hold anything afterwards.
         largest: elements of inputs that are worth it; larger ones are never recorded.
     """
 

@@ -30,13 +30,23 @@ class PatchEmbed(nn.Module):
             tokens: Tensor = self.proj(images)
             return tokens.permute(0, 2, 3, 1)
         # Patches side by side need no convolution, of which libraries make more work on GPUs.
-        rows, cols = images.shape[2] // side_px, images.shape[3] // side_px
+        rows, cols = self.grid_hw(*images.shape[2:])
         whole = images[:, :, : rows * side_px, : cols * side_px]
         if torch.is_autocast_enabled(images.device.type):  # half as much to move
             whole = whole.to(torch.get_autocast_dtype(images.device.type))
         patches = whole.reshape(*whole.shape[:2], rows, side_px, cols, side_px)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, rows, cols, C P P)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+    def grid_hw(self, height_px: int, width_px: int) -> tuple[int, int]:
+        """Return how many patches (rows, cols) an image of a size has."""
+        rows, cols = (
+            (side_px - patch_px) // stride_px + 1
+            for side_px, patch_px, stride_px in zip(
+                (height_px, width_px), self.proj.kernel_size, self.proj.stride
+            )
+        )
+        return rows, cols
 
     @torch.no_grad()
     def fold_normalisation(

@@ -94,10 +94,14 @@ class Vim(nn.Module):
         *,
         order: ScanOrder | None = None,
         origin_um: tuple[float, float] | Tensor = (0.0, 0.0),
+        position: Tensor | None = None,
     ) -> Tensor:
         """Embed normalised images (B, C, H, W) as sequences (B, L, D), class tokens and all.
 
-        Patches stand in `order`, row by row if absent. `origin_um` (x, y) shifts "sincos" places.
+        Args:
+            order: in which patches stand; row by row if absent.
+            origin_um: (x, y) by which "sincos" places are shifted.
+            position: what `patch_positions` returns, where it is known already.
         """
         if min(images.shape[-2:]) < self.config.patch_px:
             raise ModelError(
@@ -106,12 +110,25 @@ class Vim(nn.Module):
             )
         grid = self.patch_embed(images)  # (B, rows, cols, D)
         rows, cols = grid.shape[1:3]
-        cells = grid_cells(rows, cols, order, grid.device)
-        row, col = cells // cols, cells % cols
-        position = self.position(row, col, (rows, cols), origin_um=origin_um)
-        patches = grid.flatten(1, 2)[:, cells] if order is not None else grid.flatten(1, 2)
+        patches = grid.flatten(1, 2)
+        if order is not None:
+            patches = patches[:, grid_cells(rows, cols, order, grid.device)]
+        if position is None:
+            position = self.patch_positions((rows, cols), order, origin_um=origin_um)
         own = self.class_rows().expand(len(images), -1, -1)
         return insert_class_tokens(patches + full_precision(position), own, self.config.class_token)
+
+    def patch_positions(
+        self,
+        grid_hw: tuple[int, int],
+        order: ScanOrder | None = None,
+        *,
+        origin_um: tuple[float, float] | Tensor = (0.0, 0.0),
+    ) -> Tensor:
+        """Return the position embedding (rows * cols, D) of a full grid's patches in scan order."""
+        rows, cols = grid_hw
+        cells = grid_cells(rows, cols, order, self.norm_f.weight.device)
+        return self.position(cells // cols, cells % cols, grid_hw, origin_um=origin_um)
 
     def position(
         self,

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigavim_kernels.block import States
+from gigavim_kernels.block import Begun, BlockKernel, States
 from gigavim_kernels.cuda.directions import Directions, compact_rates, scan_inputs, stack
 from gigavim_kernels.cuda.norm import rms_norm
-from gigavim_kernels.cuda.product import add_product
+from gigavim_kernels.cuda.product import NORMED_OUT, add_product
 from gigavim_kernels.cuda.scan import Scanned, scan, scan_states
 from gigavim_kernels.weights import BlockWeights, Branch
 
@@ -74,57 +74,77 @@ class CudaBlock:
         for branch in self._branches:
             sense = branch.directions.reverse
             first = torch.stack([next(given[r]) for r in sense])[:, None]  # (S, 1, E, N)
-            rows = self._norm(branch, stream, left, right)
-            scanned = self._scan(branch, rows, self.halo, first)
+            xz = F.linear(self._norm(branch, stream, left, right), branch.in_proj)
+            scanned = self._scan(branch, xz, self.halo, first)
             carried += [s[0] for s, r in zip(scanned.last, sense) if not r]
             outputs.append(scanned.y[0])
         self._add(stream, outputs)
         return tuple(carried)
 
     @torch.no_grad()
-    def apply(self, streams: Tensor) -> None:
-        """See `BlockKernel.apply`."""
-        width = streams.shape[2]
+    def apply(
+        self, streams: Tensor, begun: Begun | None = None, then: BlockKernel | None = None
+    ) -> Begun | None:
+        """See `BlockKernel.apply`; what is left to the next block are its normed rows."""
+        rows = streams.view(-1, streams.shape[2])
         outputs = []
         for branch in self._branches:
-            rows = streams.new_empty(streams.shape, dtype=self._product)
-            rms_norm(
-                streams.view(-1, width),
-                branch.norm_weight,
-                branch.norm_eps,
-                out=rows.view(-1, width),
-            )
-            outputs.append(self._scan(branch, rows, 0, None).y.flatten(0, 1))
-        self._add(streams.view(-1, width), outputs)
+            xz = F.linear(begun.pop() if begun else self._norm(branch, rows)[0], branch.in_proj)
+            xz = xz.view(*streams.shape[:2], -1)
+            outputs.append(self._scan(branch, xz, 0, None).y.flatten(0, 1))
+        normed = self._add(rows, outputs, then)
+        return None if normed is None else [normed]
 
-    def _norm(self, branch: "_Branch", stream: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def _norm(self, branch: "_Branch", stream: Tensor, *halos: Tensor) -> Tensor:
         """The normed rows between their halos, (1, halo + T + halo, D), in the products' dtype."""
-        rows = len(left) + len(stream) + len(right)
+        rows = len(stream) + sum(len(halo) for halo in halos)
         normed = stream.new_empty(rows, stream.shape[1], dtype=self._product)
-        halos = {"left": left.contiguous(), "right": right.contiguous()}
-        rms_norm(stream, branch.norm_weight, branch.norm_eps, out=normed, **halos)
+        own = dict(zip(("left", "right"), (halo.contiguous() for halo in halos)))
+        rms_norm(stream, branch.norm_weight, branch.norm_eps, out=normed, **own)
         return normed[None]
 
-    def _scan(self, branch: "_Branch", rows: Tensor, halo: int, first: Tensor | None) -> Scanned:
-        """All directions of a branch over normed rows (B, halo + T + halo, D)."""
+    def _scan(self, branch: "_Branch", xz: Tensor, halo: int, first: Tensor | None) -> Scanned:
+        """All directions of a branch over in_proj's rows (B, halo + T + halo, 2 E).
+
+        The outputs are where x was.
+        """
         d, width = branch.directions, branch.out_proj.shape[1]
-        xz = F.linear(rows, branch.in_proj)
         own = scan_inputs(d, xz[:, :, :width], before=halo, after=halo, steps=True)
-        z = xz[:, halo : xz.shape[1] - halo, width:]  # (B, T, E)
+        x, z = torch.split(xz[:, halo : xz.shape[1] - halo], width, 2)  # (B, T, E) each
         return scan(
             own.c, own.dt, d.A, own.bc, d.D, z, d.dt_bias, first, reverse=d.reverse,
-            steps=own.steps,
+            steps=own.steps, out=x,
         )  # fmt: skip
 
-    def _add(self, stream: Tensor, outputs: list[Tensor]) -> None:
-        """Add what the branches give, each (T, E), to the stream (T, D), in place."""
-        factor = self._stream_scale
-        for y, branch in zip(outputs, self._branches):
-            if self._product == stream.dtype:
+    def _add(
+        self, stream: Tensor, outputs: list[Tensor], then: BlockKernel | None = None
+    ) -> Tensor | None:
+        """Add what the branches give, each (T, E), to the stream (T, D), in place.
+
+        Returns:
+            The normed rows of a block that comes next, if they cost nothing more to read.
+        """
+        if self._product == stream.dtype:
+            factor = self._stream_scale
+            for y, branch in zip(outputs, self._branches):
                 stream.addmm_(y, branch.out_proj.T, beta=factor)
-            else:
-                add_product(stream, y, branch.out_proj, factor=factor)
+                factor = 1
+            return None
+        factor, normed = self._stream_scale, None
+        for place, (y, branch) in enumerate(zip(outputs, self._branches), 1):
+            norm = self._norm_of(then) if place == len(outputs) else None
+            normed = add_product(stream, y, branch.out_proj, factor=factor, norm=norm)
             factor = 1
+        return normed
+
+    def _norm_of(self, block: BlockKernel | None) -> tuple[Tensor, float] | None:
+        """Weight and eps of a block's norm, where `add_product` can apply it."""
+        if not isinstance(block, CudaBlock) or block._product != self._product:
+            return None
+        first, *more = block._branches
+        if more or len(first.norm_weight) > NORMED_OUT:
+            return None
+        return first.norm_weight, first.norm_eps
 
 
 @dataclass(frozen=True, slots=True)

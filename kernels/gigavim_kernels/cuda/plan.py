@@ -9,8 +9,8 @@ REGISTER_FILE = 65_536
 """32-bit registers of a multiprocessor."""
 SHORTEST_CHUNK = 64
 """Below, the states at chunk edges cost more traffic than the tokens."""
-GOOD_CHUNK = 256
-"""Below, starting a chunk and handing its states on cost more than a chip half full of programs."""
+GOOD_CHUNK = 240
+"""Below, starting a chunk and handing its states on cost more than a chip that is not full."""
 INTERPRETED_MULTIPROCESSORS = 2
 """Enough for several chunks where Triton's interpreter runs the kernels on a CPU."""
 
@@ -73,7 +73,8 @@ def plan_scan(
     """Choose a plan in which all programs are resident at once and end at the same time.
 
     A scan of one chunk needs a single pass, so a sequence is cut only if that occupies the chip at
-    least twice as well. Short ones are cut into fewer chunks, as long as half the chip is occupied.
+    least twice as well. Short ones are cut into fewer chunks: three quarters or half of the
+    programs that the chip holds, which all of its schedulers share alike.
 
     Args:
         batch: independent sequences, directions included where they run side by side.
@@ -87,7 +88,9 @@ def plan_scan(
     wave = multiprocessors * kernel.resident
     if chunk is None:
         cuts = wave // chains if wave >= 2 * chains else 1
-        cuts = max(-(-cuts // 2), min(cuts, length // GOOD_CHUNK))
+        for quarters in (3, 2):
+            if cuts > 1 and length < cuts * GOOD_CHUNK * (quarters + 1) // 4:
+                cuts = max(1, wave * quarters // 4 // chains)
         chunk = max(-(-length // cuts), SHORTEST_CHUNK if cuts > 1 else 1)
     chunk = -(-max(1, min(chunk, length)) // multiple) * multiple
     return ScanPlan(chunk, max(1, -(-length // chunk)), block_e, blocks_e)

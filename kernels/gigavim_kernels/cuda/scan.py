@@ -61,6 +61,7 @@ def scan(
     steps: bool = False,
     chunk: int | None = None,
     mark: bool = False,
+    out: Tensor | None = None,
 ) -> Scanned:
     """Scan S directions and add their outputs: see `naive.selective_scan` for the terms.
 
@@ -74,11 +75,12 @@ def scan(
         steps: dt are the steps, softplus(dt + dt_bias): they are taken as they are.
         chunk: tokens per chunk, chosen by size if absent; with marks rounded up to whole ones.
         mark: keep states for the gradients.
+        out: receives y; any strides as long as the last dimension is contiguous.
     """
     directions, batch, length, channels = x.shape
     states = bc.shape[-1] // 2
     tied = is_tied(A, states)
-    y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape[1:]) if out is None else out
     last = A.new_empty(directions, batch, channels, states)
     marks = [
         A.new_empty(batch, -(-length // MARK), states, channels)
@@ -101,7 +103,7 @@ def scan(
                 _at(starts, i), _at(first, i), last[i], decay[i], marks[i] if mark else None, y,
                 length, plan.chunk, plan.chunks,
                 *x.stride()[1:3], *dt.stride()[1:3], *((0, 0) if z is None else z.stride()[:2]),
-                int(reverse[i]),
+                *y.stride()[:2], int(reverse[i]),
                 E=channels, N=states, TIED=tied, STEPS=steps, BE=plan.block_e,
                 STAGES=STAGES, UNROLL=1 if mark else UNROLL, MARK=MARK, ADD=i > 0,
                 **options(1, registers=kernel.registers),

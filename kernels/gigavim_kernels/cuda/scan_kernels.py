@@ -182,6 +182,8 @@ def chunk_outputs(
     s_dtt: tl.tensor,
     s_zb: tl.tensor,
     s_zt: tl.tensor,
+    s_yb: tl.tensor,
+    s_yt: tl.tensor,
     reverse: tl.tensor,
     E: tl.constexpr,
     N: tl.constexpr,
@@ -208,7 +210,7 @@ def chunk_outputs(
     p_x += i_b * s_xb + first * s_xt
     p_dt += i_b * s_dtb + first * s_dtt
     p_bc += (i_b * length + first) * 2 * N
-    p_y += (i_b * length + first) * E
+    p_y += i_b * s_yb + first * s_yt
     if p_z is not None:
         p_z += i_b * s_zb + first * s_zt
     if p_marks is not None:
@@ -246,7 +248,7 @@ def chunk_outputs(
         p_x += sense * s_xt
         p_dt += sense * s_dtt
         p_bc += sense * 2 * N
-        p_y += sense * E
+        p_y += sense * s_yt
     if p_starts is None:
         store_states(p_last + o_state, o_lane * N, 1, h, N)
         if p_decay is not None:
