@@ -45,6 +45,7 @@ def command(
     """
     from gigavim.cli.train import talk
     from gigavim.errors import SettingsError
+    from gigavim.extras import installed
     from gigavim.training.pack import read_pack, read_pictures
     from gigavim.training.pretrain import pretrain
     from gigavim.training.recipe import load_recipe
@@ -58,6 +59,7 @@ def command(
         )
     if not options.is_quiet():
         talk()
+    installed("kornia", "train")  # said before the pictures are read, not after
     where = pick_device(device)
     folder = output or Path("gigavim_pretrain") / found.model.name
     pictures = (

@@ -99,8 +99,10 @@ def command(
 
     from gigavim.engine.memory import parse_bytes
     from gigavim.errors import ResourceError
+    from gigavim.extras import installed
     from gigavim.training.run import Run, fast_products, load_data, pick_device
 
+    installed("kornia", "train")  # said before the pictures are read, not after
     given = max_gpu_memory not in (None, "auto")
     limit = parse_bytes(str(max_gpu_memory)) if given else None
     where = pick_device(device)

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gigavim.errors import OutputError
+from gigavim.extras import installed
 from gigavim.outputs.atomic import explained
-from gigavim.store.views import Spots, feature_chunks, installed, spots
+from gigavim.store.views import Spots, feature_chunks, spots
 
 if TYPE_CHECKING:
     from gigavim.store.reader import EmbeddingStore

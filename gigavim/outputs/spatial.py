@@ -20,13 +20,14 @@ import shapely
 import zarr
 
 from gigavim import __version__
+from gigavim.extras import installed
 from gigavim.frames import ClassSpec, MapFrame
 from gigavim.outputs.atomic import explained
 from gigavim.outputs.h5 import encoder_name
 from gigavim.outputs.labels import every_second, windows
 from gigavim.outputs.ome_tiff import level_shapes
 from gigavim.outputs.polygons import regions
-from gigavim.store.views import Spots, installed, spots
+from gigavim.store.views import Spots, spots
 
 if TYPE_CHECKING:
     from gigavim.store.reader import EmbeddingStore

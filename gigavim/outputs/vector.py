@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 import shapely
 
+from gigavim.extras import installed
 from gigavim.frames import ClassSpec, MapFrame
 from gigavim.outputs.atomic import atomic_path, output_error
 from gigavim.outputs.geojson import region_ids
@@ -20,7 +21,6 @@ from gigavim.outputs.ground import GroundTransform
 from gigavim.outputs.labels import LabelMap
 from gigavim.outputs.polygons import KEEP_ALL, PolygonOptions, Regions, regions
 from gigavim.outputs.rings import Rings
-from gigavim.store.views import installed
 
 BATCH = 50_000
 """Features written at once: a row group of GeoParquet."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from gigavim.errors import SettingsError
+from gigavim.extras import installed
 
 if TYPE_CHECKING:
     import anndata
@@ -164,19 +164,3 @@ def _plain(store: "EmbeddingStore") -> dict[str, Any]:
         "provenance": orjson.dumps(store.info.provenance).decode(),
         "slide_embedding": store.info.slide_embedding,
     }
-
-
-def installed(module: str, extra: str) -> Any:
-    """Import an optional library.
-
-    Raises:
-        SettingsError: it is not installed; the message names the extra.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise SettingsError(
-            f"{module} is not installed, and this needs it: pip install 'gigavim[{extra}]'"
-        ) from error

@@ -1,29 +1,32 @@
 """All pictures of a training in one block of device memory, sampled at any place and scale.
 
 Colours come from a pyramid of halved copies by bilinear interpolation, labels from the full
-resolution by nearest neighbour. Everything is a batched gather, so that a GPU draws its own data.
+resolution by nearest neighbour. Everything is done in batches, so that a GPU draws its own data.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from kornia.geometry.transform import homography_warp
 from torch import Tensor
 
 from gigavim.model.pictures import mirrored
 from gigavim.training.pack import Picture
 
 LEVELS = 4
+CUT_PX = 2**24
+"""Stored pixels that are cut out at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
     """The pictures at one resolution, one after the other."""
 
-    rgb: Tensor
-    """(pixels, 3) uint8."""
+    pixels: Tensor
+    """(pixels, c) uint8: colours or labels."""
     start: Tensor
     """(pictures,) int64: the first pixel of each."""
     size_hw: Tensor
@@ -48,12 +51,13 @@ class Atlas:
             planes = [_halved(plane) for plane in planes]
             levels.append(_level(planes, device))
         self.levels = tuple(levels)
-        self.labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures]).to(device)
+        labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures])
+        self.labels = labels.to(device)[:, None]
 
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        own = sum(level.rgb.nbytes + level.size_hw.nbytes for level in self.levels)
+        own = sum(level.pixels.nbytes + level.size_hw.nbytes for level in self.levels)
         return own + self.labels.nbytes
 
     def sample(
@@ -71,44 +75,59 @@ class Atlas:
         Returns:
             (n, 3, h, w) float32, 0 to 255, and labels (n, h, w) uint8.
         """
-        h, w = size_hw
         scale = float(torch.linalg.det(step).abs().sqrt().mean())
         level = min(LEVELS - 1, max(0, math.floor(math.log2(scale) + 0.3)))
-        index, centre_yx, step = (
-            t.to(self.device, non_blocking=True) for t in (index, centre_yx, step)
-        )
-        y = torch.arange(h, device=self.device) - (h - 1) / 2
-        x = torch.arange(w, device=self.device) - (w - 1) / 2
-        along_y = step[:, :, 0, None, None] * y[:, None]  # (n, 2, h, 1)
-        place = along_y + step[:, :, 1, None, None] * x + centre_yx[:, :, None, None]
-        place = place - 0.5  # of pixel middles: (n, 2, h, w)
-        labels = self._nearest(index, place)
-        return self._bilinear(self.levels[level], index, (place + 0.5) / 2**level - 0.5), labels
+        cut = size_hw, centre_yx / 2**level, step / 2**level
+        colours = self._warp(self.levels[level], index, *cut, "bilinear")
+        labels = replace(self.levels[0], pixels=self.labels)
+        return colours, self._warp(labels, index, size_hw, centre_yx, step, "nearest")[:, 0].byte()
 
-    def _nearest(self, index: Tensor, place: Tensor) -> Tensor:
-        level = self.levels[0]
-        size = level.size_hw[index][:, :, None, None]
-        y, x = mirrored(place.round().long(), size).unbind(1)
-        return self.labels[level.start[index][:, None, None] + y * size[:, 1] + x]
+    def _warp(
+        self,
+        level: Level,
+        index: Tensor,
+        size_hw: tuple[int, int],
+        centre_yx: Tensor,
+        step: Tensor,
+        mode: str,
+    ) -> Tensor:
+        """Windows (n, c, h, w) float32 of a level, its pixels the unit of all that is given."""
+        last = torch.tensor(size_hw) - 1.0
+        reach = 0.5 * (step.abs() @ last)  # (n, 2): of a window from its middle
+        corner = (centre_yx - 0.5 - reach).floor().long()
+        hw = (2 * reach).ceil().amax(0).long() + 2
+        first = centre_yx - 0.5 - (step @ last) / 2 - corner  # where a window's first pixel lies
+        home = torch.eye(3).repeat(len(index), 1, 1)  # (n, 3, 3), of (x, y, 1)
+        home[:, :2, :2], home[:, :2, 2] = step.flip(1, 2), first.flip(1)
+        cells_at_once = max(1, CUT_PX // int(hw.prod()))
+        parts = zip(*(torch.split(t, cells_at_once) for t in (index, corner, home)), strict=True)
+        return torch.cat(
+            [
+                homography_warp(
+                    self._cut(level, which, start, hw.tolist()),
+                    to.to(self.device, non_blocking=True),
+                    size_hw,
+                    mode=mode,
+                    padding_mode="border",
+                    align_corners=True,
+                    normalized_coordinates=False,
+                )
+                for which, start, to in parts
+            ]
+        )
 
-    def _bilinear(self, level: Level, index: Tensor, place: Tensor) -> Tensor:
-        size = level.size_hw[index][:, :, None, None]
-        start, width = level.start[index][:, None, None], size[:, 1]
-        below = place.floor()
-        share = (place - below)[..., None]  # (n, 2, h, w, 1)
-        y0, x0 = mirrored(below.long(), size).unbind(1)
-        y1, x1 = mirrored(below.long() + 1, size).unbind(1)
-        upper = torch.lerp(
-            level.rgb[start + y0 * width + x0].float(),
-            level.rgb[start + y0 * width + x1].float(),
-            share[:, 1],
+    def _cut(self, level: Level, index: Tensor, corner_yx: Tensor, hw: Sequence[int]) -> Tensor:
+        """Upright windows (n, c, *hw) float32 of a level from corners (n, 2) on the CPU."""
+        index = index.to(self.device, non_blocking=True)
+        corner = corner_yx.to(self.device, non_blocking=True)
+        size = level.size_hw[index]
+        y, x = (
+            mirrored(corner[:, k, None] + torch.arange(hw[k], device=self.device), size[:, k, None])
+            for k in range(2)
         )
-        lower = torch.lerp(
-            level.rgb[start + y1 * width + x0].float(),
-            level.rgb[start + y1 * width + x1].float(),
-            share[:, 1],
-        )
-        return torch.lerp(upper, lower, share[:, 0]).permute(0, 3, 1, 2)
+        row = level.start[index, None] + y * size[:, 1:]  # (n, h)
+        found = level.pixels[row[:, :, None] + x[:, None]]  # (n, h, w, c)
+        return found.permute(0, 3, 1, 2).float()
 
 
 def _halved(plane: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from kornia.geometry.transform import get_rotation_matrix2d
 from torch import Generator, Tensor
 
 from gigavim.training import looks
 from gigavim.training.atlas import Atlas
+from gigavim.training.constants import constant
 from gigavim.training.recipe import Recipe
 
 
@@ -52,7 +54,7 @@ class Canvases:
     def normalise(self, rgb: Tensor) -> Tensor:
         """Bring colours (..., 3, h, w) in 0..1 to what the model expects."""
         mean, std = (
-            looks.constant(values, rgb.device)[:, None, None]
+            constant(values, rgb.device)[:, None, None]
             for values in (self.recipe.model.mean, self.recipe.model.std)
         )
         return (rgb - mean) / std
@@ -110,14 +112,12 @@ class Canvases:
         """(n, 2, 2): rotation, mirror and stretch around steps (n,)."""
         augment = self.recipe.augment
         drawn = torch.rand(4, len(step), generator=plan)
-        quarter = (drawn[0] * 4).floor() * (math.pi / 2)
-        angle = quarter + (2 * drawn[1] - 1) * math.radians(augment.turn_degrees)
+        angle = (drawn[0] * 4).floor() * 90 + (2 * drawn[1] - 1) * augment.turn_degrees
         mirror = torch.where(drawn[2] < 0.5, -1.0, 1.0)
         stretch = ((2 * drawn[3] - 1) * augment.stretch).exp()
-        cos, sin = angle.cos(), angle.sin()
-        rows = torch.stack((cos * stretch, -sin / stretch * mirror), -1)
-        cols = torch.stack((sin * stretch, cos / stretch * mirror), -1)
-        return torch.stack((rows, cols), 1) * step[:, None, None]
+        scale = step[:, None] * torch.stack((stretch, mirror / stretch), -1)
+        origin = torch.zeros_like(scale)
+        return get_rotation_matrix2d(origin, angle, scale)[:, :, :2]
 
 
 def _lay(cells: Tensor, count: int, rows: int, cols: int) -> Tensor:

@@ -1,36 +1,36 @@
 """What stains, scanners and slide preparation do to a picture, at random and in batches.
 
-Stained tissue is handled as optical density over the glass, -log(I / I_glass), in which stains add
-up (Ruifrok and Johnston 2001); `scan` turns density into the picture that a scanner would store.
-Aerial pictures are handled as colours.
+The operations are kornia's functions, whose parameters are drawn here: kornia's random classes draw
+from torch's global generator, so that neither threads nor a resumed training would see what they
+saw. What only slides have (bare glass, dust, pens) is drawn here and applied as light is absorbed.
+Parameters that kornia checks are drawn on the CPU, for a check on a GPU would wait for it.
 """
 
 import math
-from functools import cache
 
 import torch
-import torch.nn.functional as F
+from kornia.enhance import (
+    adjust_brightness,
+    adjust_gamma,
+    adjust_saturation_with_gray_subtraction,
+    jpeg_codec_differentiable,
+)
+from kornia.filters import gaussian_blur2d
+from kornia.geometry.transform import resize
 from torch import Generator, Tensor
 
+from gigavim.training.constants import constant
 from gigavim.training.recipe import Recipe
+from gigavim.training.stain import RandomStain
 
-STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]).t()
-"""(3, 3): columns are the density of haematoxylin, eosin and a residual in red, green and blue."""
 PENS = torch.tensor(
     [[0.10, 0.14, 0.30], [0.05, 0.30, 0.16], [0.08, 0.08, 0.09], [0.45, 0.06, 0.10]]
 )
-UNMIXING = torch.linalg.inv(STAINS)
 TAPS = 9
 
 
-@cache
-def constant(values: Tensor | tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device, sent there once: sending them waits for all that is queued there."""
-    return (values if isinstance(values, Tensor) else torch.tensor(values)).to(device)
-
-
 class Dice:
-    """Random numbers on a device, and a few that the CPU has to know.
+    """Random numbers on a device, and some that the CPU has to know.
 
     Args:
         generator: on the device.
@@ -40,9 +40,9 @@ class Dice:
     def __init__(self, generator: Generator, plan: Generator) -> None:
         self.generator, self.plan = generator, plan
 
-    def number(self, low: float, high: float) -> float:
-        """A uniform number for the CPU."""
-        return low + (high - low) * float(torch.rand((), generator=self.plan))
+    def planned(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform numbers on the CPU."""
+        return low + (high - low) * torch.rand(shape, generator=self.plan)
 
     def rand(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers."""
@@ -54,10 +54,13 @@ class Dice:
         return (self.rand(count, 1, 1, 1) < share).float()
 
     def surface(self, count: int, height: int, width: int, wavelength_px: float) -> Tensor:
-        """Smooth random surfaces (count, 1, h, w), about uniform in [0, 1]."""
+        """Smooth random surfaces (count, 1, h, w), about uniform in [0, 1].
+
+        Not kornia's plasma: its wavelengths are the picture's, and a GPU is waited for to draw it.
+        """
         rows, cols = (max(2, math.ceil(side / wavelength_px) + 1) for side in (height, width))
         coarse = self.rand(count, 1, rows, cols)
-        return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+        return resize(coarse, (height, width), interpolation="bicubic", align_corners=True)
 
 
 def prepare(rgb: Tensor, cells: int, recipe: Recipe, dice: Dice) -> Tensor:
@@ -67,38 +70,22 @@ def prepare(rgb: Tensor, cells: int, recipe: Recipe, dice: Dice) -> Tensor:
         rgb: (canvases * cells, 3, h, w), 0 to 255.
 
     Returns:
-        Densities for kind "stain", colours in 0..1 for "colour"; same shape.
+        The same shape in 0..1, for kind "stain" relative to empty glass.
     """
     strength = recipe.augment.strength
-    canvases = len(rgb) // cells
     if recipe.augment.kind == "stain":
-        glass = recipe.data.glass or 255.0
-        density = -torch.log(rgb.clamp(1.0, glass) / glass)
-        look = random_stain(canvases, strength, dice).repeat_interleave(cells, 0)
-        own = random_stain(len(rgb), 0.3 * strength, dice)
-        mixed = (own @ look) @ density.flatten(2)
-        return mixed.clamp_(-0.05, 4.0).view_as(density)
-    colours = rgb / 255
-    gain = (strength * dice.rand(canvases, 3, 1, 1, low=-0.12, high=0.12)).exp()
-    gain = gain * (strength * dice.rand(canvases, 1, 1, 1, low=-0.4, high=0.12)).exp()
-    gamma = (strength * dice.rand(canvases, 1, 1, 1, low=-0.35, high=0.35)).exp()
-    lift = strength * dice.rand(canvases, 3, 1, 1, low=-0.03, high=0.06)
-    saturation = (strength * dice.rand(canvases, 1, 1, 1, low=-0.7, high=0.5)).exp()
-    per_cell = [t.repeat_interleave(cells, 0) for t in (gain, gamma, lift, saturation)]
-    colours = per_cell[0] * colours.clamp(min=1e-3) ** per_cell[1] + per_cell[2]
-    grey = colours.mean(1, keepdim=True)
-    return grey + per_cell[3] * (colours - grey)
+        stain = RandomStain(strength, cells=cells, generator=dice.generator, p=1.0)
+        changed: Tensor = stain(rgb / (recipe.data.glass or 255.0))
+        return changed
 
+    def drawn(low: float, high: float, channels: int = 1) -> Tensor:
+        found = dice.rand(len(rgb) // cells, channels, low=low, high=high)
+        return (strength * found).repeat_interleave(cells, 0)
 
-def random_stain(count: int, strength: float, dice: Dice) -> Tensor:
-    """Draw (count, 3, 3) maps of densities: other stain strengths and slightly other colours."""
-    device = dice.generator.device
-    stains = constant(STAINS, device)
-    gain = (strength * dice.rand(count, 1, 3, low=-0.45, high=0.45)).exp()
-    colours = stains * (strength * dice.rand(count, 3, 3, low=-0.15, high=0.15)).exp()
-    colours = colours / colours.norm(dim=1, keepdim=True) * stains.norm(dim=0)
-    look: Tensor = (colours * gain) @ constant(UNMIXING, device)
-    return look
+    gain, gamma = drawn(-0.12, 0.12, 3) + drawn(-0.4, 0.12), drawn(-0.35, 0.35)
+    colours = adjust_gamma((rgb / 255).clamp(min=1e-3), gamma.exp(), gain.exp())
+    colours = adjust_brightness(colours, drawn(-0.03, 0.06, 3))
+    return adjust_saturation_with_gray_subtraction(colours, drawn(-0.7, 0.5).exp())
 
 
 def scan(canvas: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> tuple[Tensor, Tensor]:
@@ -113,57 +100,65 @@ def scan(canvas: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> tuple[Te
     labels = labels.long()
     count, _, height, width = canvas.shape
     if recipe.augment.kind == "stain":
-        canvas = _slide(canvas, labels, recipe, dice)
-        image = torch.exp(-canvas) * _illumination(count, height, width, dice)
+        image = _slide(canvas, labels, recipe, dice)
     else:
         haze = dice.some(count, 0.2) * dice.surface(count, height, width, 400.0) * 0.15
         image = canvas + haze * (0.9 - canvas)
-    sigma = dice.rand(count, low=0.3, high=recipe.augment.blur_px)
-    soft, sharp = dice.some(count, 0.35), dice.some(count, 0.25)
-    amount = dice.rand(count, 1, 1, 1, low=0.2, high=1.5) * sharp * (1 - soft)
-    blurred = _blur(image, torch.where(soft.flatten() > 0, sigma, 1.0))
-    image = soft * blurred + (1 - soft) * (image + amount * (image - blurred))
+    image = _focus(image, recipe.augment.blur_px, dice)
     grain = dice.some(count, 0.5) * dice.rand(count, 1, 1, 1, high=0.03)
     noise = torch.randn(image.shape, generator=dice.generator, device=image.device)
     image = (image + grain * noise).clamp(0, 1)
-    compressed = _jpeg(image, dice.rand(count, low=35.0, high=92.0))
-    return torch.where(dice.some(count, 0.4) > 0, compressed, image), labels
+    stored = (dice.planned(count) < 0.4).nonzero().flatten()
+    if len(stored):
+        quality = dice.planned(len(stored), low=35.0, high=92.0)
+        place = stored.to(image.device, non_blocking=True)
+        image.index_copy_(0, place, jpeg_codec_differentiable(image[place], quality))
+    return image.clamp_(0, 1), labels
 
 
-def _slide(density: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> Tensor:
-    """Add glass, dust, pen and an uneven thickness; labels are changed in place."""
+def _focus(image: Tensor, most_px: float, dice: Dice) -> Tensor:
+    """Blur a third of the images; sharpen a quarter of the others by an unsharp mask."""
+    count = len(image)
+    soft, sharp = dice.planned(count) < 0.35, dice.planned(count) < 0.25
+    sigma = torch.where(soft, dice.planned(count, low=0.3, high=most_px), 1.0)
+    amount = dice.planned(count, low=0.2, high=1.5)
+    share = torch.where(soft, 0.0, 1 + sharp * amount).to(image.device, non_blocking=True)
+    blurred = gaussian_blur2d(image, TAPS, sigma[:, None].expand(-1, 2), "replicate")
+    return torch.lerp(blurred, image, share[:, None, None, None])
+
+
+def _slide(image: Tensor, labels: Tensor, recipe: Recipe, dice: Dice) -> Tensor:
+    """Add glass, dust, pen, an uneven thickness and the scanner's light; labels change in place."""
     augment = recipe.augment
-    count, _, height, width = density.shape
+    count, _, height, width = image.shape
     glass, objects = recipe.label(augment.glass_class), recipe.label(augment.object_class)
     ground = recipe.label(augment.ground_class)
+    uneven = dice.some(count, 0.4) * (0.6 * dice.surface(count, height, width, 200.0) - 0.3)
+    thickness, density = 1 + uneven, torch.zeros_like(image)
     if glass is not None:
-        surface = dice.surface(count, height, width, dice.number(60.0, 350.0))
+        surface = dice.surface(count, height, width, float(dice.planned(low=60.0, high=350.0)))
         surface = surface + 0.05 * dice.surface(count, height, width, 9.0)
         level = dice.rand(count, 1, 1, 1, low=0.25, high=0.75)
         tissue = torch.sigmoid((surface - level) * dice.rand(count, 1, 1, 1, low=25.0, high=120.0))
         tissue = torch.maximum(tissue, 1 - dice.some(count, 0.35))
         faint = dice.rand(count, 3, 1, 1) * dice.rand(count, 1, 1, 1, high=0.05)
-        density = density * tissue + (1 - tissue) * faint
-        labels[tissue[:, 0] < 0.3] = glass
-    thickness = 0.7 + 0.6 * dice.surface(count, height, width, 200.0)
-    density = torch.where(dice.some(count, 0.4) > 0, density * thickness, density)
-    specks = torch.sigmoid(
-        60 * (dice.surface(count, height, width, dice.number(5.0, 14.0)) - 1.02)
-    ) * dice.some(count, 0.3)
+        thickness, density = thickness * tissue, (1 - tissue) * faint
+        labels.masked_fill_(tissue[:, 0] < 0.3, glass)
+    wavelength_px = float(dice.planned(low=5.0, high=14.0))
+    specks = torch.sigmoid(60 * (dice.surface(count, height, width, wavelength_px) - 1.02))
+    specks = specks * dice.some(count, 0.3)
     if objects is not None:  # a speck over an object would hide what the label claims
         specks = specks * (labels != objects)[:, None]
-    grey = dice.rand(count, 3, 1, 1, low=0.3, high=0.5) * dice.rand(
-        count, 1, 1, 1, low=0.8, high=4.0
-    )
-    density = density + grey * specks
+    grey = dice.rand(count, 3, 1, 1, low=0.3, high=0.5)
+    density = density + grey * dice.rand(count, 1, 1, 1, low=0.8, high=4.0) * specks
     stroke = _pen_stroke(count, height, width, dice)
-    colour = constant(PENS, density.device)[(dice.rand(count) * len(PENS)).long()]
+    colour = constant(PENS, image.device)[(dice.rand(count) * len(PENS)).long()]
     ink = -colour.log()[:, :, None, None] * dice.rand(count, 1, 1, 1, low=0.3)
-    texture = 0.7 + 0.5 * dice.surface(count, height, width, 14.0)
-    density = density + ink * stroke * texture
+    density = density + ink * stroke * (0.7 + 0.5 * dice.surface(count, height, width, 14.0))
     if objects is not None and ground is not None:
-        labels[(stroke[:, 0] > 0.5) & (labels == objects)] = ground
-    return density
+        labels.masked_fill_((stroke[:, 0] > 0.5) & (labels == objects), ground)
+    light = torch.exp(-density) * _illumination(count, height, width, dice)
+    return adjust_gamma(image, thickness, light)  # absorbed through the thickness, and by the dirt
 
 
 def _pen_stroke(count: int, height: int, width: int, dice: Dice) -> Tensor:
@@ -187,55 +182,3 @@ def _illumination(count: int, height: int, width: int, dice: Dice) -> Tensor:
     cast = dice.rand(count, 3, 1, 1, low=0.96, high=1.03)
     shade = dice.some(count, 0.3) * 0.07 * (1 - dice.surface(count, height, width, 300.0))
     return white * cast * (1 - shade)
-
-
-def _blur(image: Tensor, sigma_px: Tensor) -> Tensor:
-    """Blur each image of (n, 3, h, w) by its own Gaussian, sigma at most about 2."""
-    height, width = image.shape[2:]
-    reach = TAPS // 2
-    distance = torch.arange(-reach, reach + 1, device=image.device)
-    taps = torch.exp(-0.5 * (distance / sigma_px[:, None]) ** 2)
-    taps = (taps / taps.sum(1, keepdim=True))[:, None, None, None]  # (n, 1, 1, 1, 7)
-    padded = F.pad(image, (reach,) * 4, mode="replicate")
-    rows = torch.zeros_like(padded[:, :, :height])
-    for k in range(TAPS):
-        rows += taps[..., k] * padded[:, :, k : k + height]
-    found = torch.zeros_like(image)
-    for k in range(TAPS):
-        found += taps[..., k] * rows[..., k : k + width]
-    return found
-
-
-_LUMA = torch.tensor(  # the standard JPEG luminance table (ITU-T T.81, table K.1)
-    [
-        [16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55],
-        [14, 13, 16, 24, 40, 57, 69, 56], [14, 17, 22, 29, 51, 87, 80, 62],
-        [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
-        [49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99],
-    ]
-).float()  # fmt: skip
-_YCC = torch.tensor(
-    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
-)
-_RGB = torch.linalg.inv(_YCC)
-
-
-def _jpeg(image: Tensor, quality: Tensor) -> Tensor:
-    """What JPEG at a quality (n,) leaves of images (n, 3, h, w): blocks of rounded cosines."""
-    height, width = image.shape[2:]
-    device = image.device
-    frequency, place = torch.arange(8.0, device=device)[:, None], torch.arange(8.0, device=device)
-    cosines = torch.cos((2 * place + 1) * frequency * math.pi / 16) / 2
-    cosines[0] /= math.sqrt(2)
-    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
-    chroma = torch.full((8, 8), 80.0, device=device)
-    tables = torch.stack((constant(_LUMA, device), chroma, chroma))
-    steps = (tables * scale[:, None, None, None]).clamp(min=1)[:, :, None, None]
-    colours = torch.einsum("ck,nkhw->nchw", constant(_YCC, device), image * 255 - 128)
-    padded = F.pad(colours, (0, -width % 8, 0, -height % 8), mode="replicate")
-    blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)  # (n, 3, rows, cols, 8, 8)
-    found = cosines @ blocks @ cosines.T
-    rounded = (found / steps).round() * steps
-    back = (cosines.T @ rounded @ cosines).permute(0, 1, 2, 4, 3, 5).reshape(padded.shape)
-    back = torch.einsum("ck,nkhw->nchw", constant(_RGB, device), back)
-    return ((back[..., :height, :width] + 128) / 255).clamp(0, 1)

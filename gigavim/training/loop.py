@@ -10,22 +10,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from gigavim.errors import ModelError, OutputError, ResourceError, SettingsError
 from gigavim.model.segmentation import SegmentationModel, SideSum
-from gigavim.training.canvas import Canvases
+from gigavim.training.constants import constant
 from gigavim.training.encode import decode, encode, random_origin
 from gigavim.training.graphs import Batch, Gradients, Objective
-from gigavim.training.looks import constant
 from gigavim.training.losses import segmentation_loss
 from gigavim.training.memory import Budget
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
 from gigavim.training.schedule import Pace, Schedule, canvas_shape
+
+if TYPE_CHECKING:  # needs kornia, which those who only score do not
+    from gigavim.training.canvas import Canvases
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +239,7 @@ def half_products(device: torch.device) -> torch.autocast:
 
 def train(
     model: nn.Module,
-    canvases: Canvases,
+    canvases: "Canvases",
     progress: Progress,
     objective: Objective,
     *,
@@ -312,7 +314,7 @@ def _prepare_thread() -> None:
     torch.set_flush_denormal(True)  # powers of small decays: denormals would cost a factor of 5
 
 
-def _draw(canvases: Canvases, progress: Progress, step: int, worker: int) -> Drawn:
+def _draw(canvases: "Canvases", progress: Progress, step: int, worker: int) -> Drawn:
     recipe, device = canvases.recipe, canvases.atlas.device
     schedule = Schedule(recipe.schedule, progress.steps)
     seed = (recipe.schedule.seed * 1_000_003 + step) * 4096 + worker
@@ -326,7 +328,7 @@ def _draw(canvases: Canvases, progress: Progress, step: int, worker: int) -> Dra
 
 def _work(
     gradients: Gradients,
-    canvases: Canvases,
+    canvases: "Canvases",
     progress: Progress,
     drawn: Drawn,
     budget: Budget | None,

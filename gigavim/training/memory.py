@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ from torch import Tensor
 from gigavim.engine.memory import format_bytes
 from gigavim.errors import ResourceError
 from gigavim.model.segmentation import SegmentationModel
-from gigavim.training.atlas import Atlas
 from gigavim.training.encode import layer_kernel
 from gigavim.training.losses import segmentation_loss
 from gigavim.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gigavim.training.atlas import Atlas
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,7 @@ class Budget:
 
     @classmethod
     def of(
-        cls, model: SegmentationModel, recipe: Recipe, atlas: Atlas, limit: int | None
+        cls, model: SegmentationModel, recipe: Recipe, atlas: "Atlas", limit: int | None
     ) -> "Budget":
         """The budget of a training on the device of its pictures.
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,15 @@ from gigavim.model.card import EncoderCard
 from gigavim.model.encoder import write_encoder
 from gigavim.model.vim import Vim, grid_cells
 from gigavim.training import loop
-from gigavim.training.atlas import Atlas
-from gigavim.training.canvas import Canvases
 from gigavim.training.encode import encode, random_origin
 from gigavim.training.graphs import Batch
 from gigavim.training.pack import Picture, split
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import Recipe
-from gigavim.training.run import make_folder
+from gigavim.training.run import canvases_of, make_folder
+
+if TYPE_CHECKING:
+    from gigavim.training.canvas import Canvases
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +92,8 @@ def pretrain(
     """
     ranks = Ranks(device)
     train, held_out = split(list(pictures), recipe)
-    canvases = Canvases(Atlas(train, device), recipe)
-    unseen = Canvases(Atlas(held_out, device), recipe)
+    canvases = canvases_of(train, recipe, device)
+    unseen = canvases_of(held_out, recipe, device)
     torch.manual_seed(recipe.schedule.seed)
     model = MaskedImages(Vim(recipe.model.encoder)).to(device)
     averaged = MaskedImages(Vim(recipe.model.encoder)).to(device)
@@ -143,7 +145,7 @@ def pretrain(
 
 
 @torch.no_grad()
-def _error(model: MaskedImages, canvases: Canvases) -> float:
+def _error(model: MaskedImages, canvases: "Canvases") -> float:
     """The loss on canvases and masks that are the same each time."""
     device, total = canvases.atlas.device, 0.0
     for seed in range(VALIDATION_BATCHES):

@@ -11,26 +11,28 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from gigavim.engine.devices import resolve_device
 from gigavim.errors import ModelError, OutputError, SettingsError
+from gigavim.extras import installed
 from gigavim.model.card import ModelCard, TrainingRecord
 from gigavim.model.checkpoint import load_model, save_model
 from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.vim import Vim
 from gigavim.model.weights import tie_rates, untied
 from gigavim.training import loop, score
-from gigavim.training.atlas import Atlas
-from gigavim.training.canvas import Canvases
 from gigavim.training.encode import layer_kernel, silence_odd_layers
 from gigavim.training.memory import Budget
 from gigavim.training.pack import Picture, read_pack, read_pictures, split
 from gigavim.training.ranks import Ranks
 from gigavim.training.recipe import IGNORED, Recipe
+
+if TYPE_CHECKING:
+    from gigavim.training.canvas import Canvases
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,18 @@ def load_data(source: Path, recipe: Recipe) -> list[Picture]:
     if source.is_dir():
         return list(read_pictures(source, recipe))
     return read_pack(source, recipe)
+
+
+def canvases_of(pictures: Sequence[Picture], recipe: Recipe, device: torch.device) -> "Canvases":
+    """Put pictures into a device's memory, to draw canvases of them.
+
+    Raises `SettingsError` where kornia is not installed, which only training needs.
+    """
+    installed("kornia", "train")
+    from gigavim.training.atlas import Atlas
+    from gigavim.training.canvas import Canvases
+
+    return Canvases(Atlas(pictures, device), recipe)
 
 
 def make_folder(folder: Path) -> None:
@@ -172,7 +186,7 @@ class Run:
         log.info("%d pictures for training, %d held out", len(train), len(held_out))
         self.shown = [score.show(p, recipe.model.mpp, device) for p in held_out]
         check_labels(train, self.shown, recipe)
-        self.canvases = Canvases(Atlas(train, device), recipe)
+        self.canvases = canvases_of(train, recipe, device)
         self.model = new_model(recipe).to(device)
         if recipe.model.encoder_weights and self._tied:
             self._tie()

@@ -57,13 +57,52 @@ def test_a_window_shows_what_is_there():
     atlas = Atlas([other, Picture(image.numpy(), labels.numpy(), "a", "a", 1.0)], CPU)
     whole = torch.tensor([[37 / 2, 51 / 2]])
     colours, marks = atlas.sample(torch.tensor([1]), (37, 51), whole, torch.eye(2)[None])
-    assert torch.equal(colours[0].permute(1, 2, 0), image.float())
+    assert (colours[0].permute(1, 2, 0) - image).abs().max() < 0.01  # of 255
     assert torch.equal(marks[0], labels)
     turned = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]])
     _, marks = atlas.sample(torch.tensor([1]), (51, 37), whole, turned)
     assert torch.equal(marks[0], labels.rot90(-1)) or torch.equal(marks[0], labels.rot90(1))
     _, marks = atlas.sample(torch.tensor([1]), (41, 51), whole, torch.eye(2)[None])
     assert torch.equal(marks[0, :2], labels[:2].flip(0))  # mirrored beyond the border
+
+
+def grey(labels):
+    """A picture whose labels are its colours."""
+    colours = labels[..., None].expand(*labels.shape, 3).contiguous()
+    return Picture(colours.numpy(), labels.numpy(), "a", "a", 1.0)
+
+
+def test_a_far_window_is_mirrored_again_and_again():
+    labels = torch.arange(6, dtype=torch.uint8).view(1, 6).expand(5, 6).contiguous()
+    picture = Picture(
+        labels[..., None].expand(5, 6, 3).numpy().copy(), labels.numpy(), "a", "a", 1.0
+    )
+    atlas = Atlas([picture], CPU)
+    middle = torch.tensor([[2.5, 3.0]])
+    colours, marks = atlas.sample(torch.tensor([0]), (3, 30), middle, torch.eye(2)[None])
+    there_and_back = torch.cat((labels[0], labels[0].flip(0)))
+    assert torch.equal(marks[0, 1], there_and_back.repeat(3)[:30])
+    assert (colours[0, 0] - marks[0]).abs().max() < 0.01
+
+
+def test_labels_turn_with_their_pixels(monkeypatch):
+    """At any angle and scale, cut in one go or in many, colours and labels show one place."""
+    rows, cols = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
+    labels = (((rows - 20) ** 2 + (cols - 50) ** 2 < 150) * 200).byte()
+    picture = Picture(
+        labels[..., None].expand(60, 80, 3).numpy().copy(), labels.numpy(), "a", "a", 1.0
+    )
+    atlas, index = Atlas([picture], CPU), torch.zeros(9, dtype=torch.long)
+    angle = torch.linspace(0.1, 6, 9)
+    turn = torch.stack((angle.cos(), angle.sin(), -angle.sin(), angle.cos()), -1).view(9, 2, 2)
+    centre = torch.tensor([[20.0, 50.0]]).expand(9, 2)
+    found = atlas.sample(index, (31, 47), centre, 0.8 * turn)
+    assert ((found[0][:, 0] > 100) == (found[1] > 100)).float().mean() > 0.98
+    area = 150 * torch.pi / 0.8**2
+    assert ((found[1] > 0).sum((1, 2)) - area).abs().max() < 0.05 * area
+    monkeypatch.setattr("gigavim.training.atlas.CUT_PX", 10_000)
+    for whole, parts in zip(found, atlas.sample(index, (31, 47), centre, 0.8 * turn), strict=True):
+        assert torch.equal(whole, parts)
 
 
 def test_coarse_windows_average():
