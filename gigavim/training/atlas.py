@@ -17,7 +17,7 @@ from gigavim.model.pictures import mirrored
 from gigavim.training.pack import Picture
 
 LEVELS = 4
-CUT_PX = 2**24
+CUT_PX = 2**25
 """Stored pixels that are cut out at once."""
 
 
@@ -77,10 +77,11 @@ class Atlas:
         """
         scale = float(torch.linalg.det(step).abs().sqrt().mean())
         level = min(LEVELS - 1, max(0, math.floor(math.log2(scale) + 0.3)))
-        cut = size_hw, centre_yx / 2**level, step / 2**level
-        colours = self._warp(self.levels[level], index, *cut, "bilinear")
-        labels = replace(self.levels[0], pixels=self.labels)
-        return colours, self._warp(labels, index, size_hw, centre_yx, step, "nearest")[:, 0].byte()
+        coarse, part = self.levels[level], 0.5**level
+        colours = self._warp(coarse, index, size_hw, part * centre_yx, part * step)
+        marks = replace(self.levels[0], pixels=self.labels)
+        labels = self._warp(marks, index, size_hw, centre_yx, step, mode="nearest")
+        return colours, labels[:, 0].byte()
 
     def _warp(
         self,
@@ -89,18 +90,18 @@ class Atlas:
         size_hw: tuple[int, int],
         centre_yx: Tensor,
         step: Tensor,
-        mode: str,
+        mode: str = "bilinear",
     ) -> Tensor:
-        """Windows (n, c, h, w) float32 of a level, its pixels the unit of all that is given."""
+        """Do as `sample`, in pixels of a level; windows (n, c, h, w) float32."""
         last = torch.tensor(size_hw) - 1.0
         reach = 0.5 * (step.abs() @ last)  # (n, 2): of a window from its middle
         corner = (centre_yx - 0.5 - reach).floor().long()
         hw = (2 * reach).ceil().amax(0).long() + 2
         first = centre_yx - 0.5 - (step @ last) / 2 - corner  # where a window's first pixel lies
-        home = torch.eye(3).repeat(len(index), 1, 1)  # (n, 3, 3), of (x, y, 1)
-        home[:, :2, :2], home[:, :2, 2] = step.flip(1, 2), first.flip(1)
+        matrix = torch.eye(3).repeat(len(index), 1, 1)  # (n, 3, 3), of (x, y, 1)
+        matrix[:, :2, :2], matrix[:, :2, 2] = step.flip(1, 2), first.flip(1)
         cells_at_once = max(1, CUT_PX // int(hw.prod()))
-        parts = zip(*(torch.split(t, cells_at_once) for t in (index, corner, home)), strict=True)
+        parts = zip(*(torch.split(t, cells_at_once) for t in (index, corner, matrix)), strict=True)
         return torch.cat(
             [
                 homography_warp(

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,3 +119,18 @@ def test_mistakes_are_one_line(run, data, recipe):
     assert "unknown key `schedule.warmup_step`; did you mean `warmup_steps`" in out.err
     assert "Traceback" not in out.err
     assert run("train", "histo-nuclei").code == 2
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_without_kornia_it_says_what_to_install(run, data, recipe, tmp_path, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    out = run(command, recipe, "--data", data, "-o", tmp_path / "none")
+    assert out.code == 1
+    assert "kornia is not installed, and this needs it: pip install 'gigavim[train]'" in out.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_scoring_needs_no_kornia():
+    modules = "gigavim.cli.train, gigavim.training.evaluate, gigavim.training.run"
+    code = f"import sys; sys.modules['kornia'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -43,8 +43,21 @@ def test_glass_is_bright(canvases):
     assert found
 
 
-def test_canvases_repeat_by_seed(canvases):
-    one, other = (canvases.draw((2, 2), 2, torch.Generator().manual_seed(3)) for _ in range(2))
+@pytest.mark.parametrize("kind", ["stain", "colour"])
+def test_canvases_repeat_by_seed(canvases, kind):
+    """Whatever torch's own generator has drawn meanwhile, which they leave alone."""
+    augment = canvases.recipe.augment.model_copy(update={"kind": kind})
+    canvases = Canvases(canvases.atlas, canvases.recipe.model_copy(update={"augment": augment}))
+    torch.manual_seed(1)
+    one = canvases.draw((2, 2), 8, torch.Generator().manual_seed(3))
+    untouched = torch.rand(1)
+    other = canvases.draw((2, 2), 8, torch.Generator().manual_seed(3))
+    assert torch.equal(untouched, torch.rand(1, generator=torch.Generator().manual_seed(1)))
+    model = canvases.recipe.model
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.mean, model.std))
+    colours = one[0] * std + mean
+    assert colours.min() > -1e-4
+    assert colours.max() < 1 + 1e-4
     assert torch.equal(one[0], other[0])
     assert torch.equal(one[1], other[1])
 
