@@ -6,27 +6,25 @@ resolution by nearest neighbour. Everything is done in batches, so that a GPU dr
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kornia.geometry.transform import homography_warp
+from kornia.geometry.transform import remap
 from torch import Tensor
 
 from gigavim.model.pictures import mirrored
 from gigavim.training.pack import Picture
 
 LEVELS = 4
-CUT_PX = 2**25
-"""Stored pixels that are cut out at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
     """The pictures at one resolution, one after the other."""
 
-    pixels: Tensor
-    """(pixels, c) uint8: colours or labels."""
+    rgb: Tensor
+    """(pixels, 3) uint8."""
     start: Tensor
     """(pictures,) int64: the first pixel of each."""
     size_hw: Tensor
@@ -51,13 +49,12 @@ class Atlas:
             planes = [_halved(plane) for plane in planes]
             levels.append(_level(planes, device))
         self.levels = tuple(levels)
-        labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures])
-        self.labels = labels.to(device)[:, None]
+        self.labels = torch.cat([torch.tensor(p.labels).flatten() for p in pictures]).to(device)
 
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""
-        own = sum(level.pixels.nbytes + level.size_hw.nbytes for level in self.levels)
+        own = sum(level.rgb.nbytes + level.size_hw.nbytes for level in self.levels)
         return own + self.labels.nbytes
 
     def sample(
@@ -75,60 +72,41 @@ class Atlas:
         Returns:
             (n, 3, h, w) float32, 0 to 255, and labels (n, h, w) uint8.
         """
+        h, w = size_hw
         scale = float(torch.linalg.det(step).abs().sqrt().mean())
         level = min(LEVELS - 1, max(0, math.floor(math.log2(scale) + 0.3)))
-        coarse, part = self.levels[level], 0.5**level
-        colours = self._warp(coarse, index, size_hw, part * centre_yx, part * step)
-        marks = replace(self.levels[0], pixels=self.labels)
-        labels = self._warp(marks, index, size_hw, centre_yx, step, mode="nearest")
-        return colours, labels[:, 0].byte()
-
-    def _warp(
-        self,
-        level: Level,
-        index: Tensor,
-        size_hw: tuple[int, int],
-        centre_yx: Tensor,
-        step: Tensor,
-        mode: str = "bilinear",
-    ) -> Tensor:
-        """Do as `sample`, in pixels of a level; windows (n, c, h, w) float32."""
-        last = torch.tensor(size_hw) - 1.0
-        reach = 0.5 * (step.abs() @ last)  # (n, 2): of a window from its middle
-        corner = (centre_yx - 0.5 - reach).floor().long()
-        hw = (2 * reach).ceil().amax(0).long() + 2
-        first = centre_yx - 0.5 - (step @ last) / 2 - corner  # where a window's first pixel lies
-        matrix = torch.eye(3).repeat(len(index), 1, 1)  # (n, 3, 3), of (x, y, 1)
-        matrix[:, :2, :2], matrix[:, :2, 2] = step.flip(1, 2), first.flip(1)
-        cells_at_once = max(1, CUT_PX // int(hw.prod()))
-        parts = zip(*(torch.split(t, cells_at_once) for t in (index, corner, matrix)), strict=True)
-        return torch.cat(
-            [
-                homography_warp(
-                    self._cut(level, which, start, hw.tolist()),
-                    to.to(self.device, non_blocking=True),
-                    size_hw,
-                    mode=mode,
-                    padding_mode="border",
-                    align_corners=True,
-                    normalized_coordinates=False,
-                )
-                for which, start, to in parts
-            ]
+        reach = 0.5 * (step.abs() * torch.tensor([h - 1.0, w - 1.0])).sum(-1)  # (n, 2)
+        corner = ((centre_yx - reach) / 2**level - 0.5).floor().long()
+        cut_hw = (2 * reach / 2**level).ceil().amax(0).long() + 2
+        index, centre_yx, step, corner = (
+            t.to(self.device, non_blocking=True) for t in (index, centre_yx, step, corner)
         )
+        y = torch.arange(h, device=self.device) - (h - 1) / 2
+        x = torch.arange(w, device=self.device) - (w - 1) / 2
+        along_y = step[:, :, 0, None, None] * y[:, None]  # (n, 2, h, 1)
+        place = along_y + step[:, :, 1, None, None] * x + centre_yx[:, :, None, None]
+        pixels = self._cut(self.levels[level], index, corner, cut_hw.tolist())
+        rows, cols = (place / 2**level - 0.5 - corner[:, :, None, None]).unbind(1)
+        colours = remap(pixels, cols, rows, padding_mode="border", align_corners=True)
+        return colours, self._nearest(index, (place - 0.5).round().long())
 
     def _cut(self, level: Level, index: Tensor, corner_yx: Tensor, hw: Sequence[int]) -> Tensor:
-        """Upright windows (n, c, *hw) float32 of a level from corners (n, 2) on the CPU."""
-        index = index.to(self.device, non_blocking=True)
-        corner = corner_yx.to(self.device, non_blocking=True)
+        """Upright windows (n, 3, *hw) float32 of a level."""
         size = level.size_hw[index]
         y, x = (
-            mirrored(corner[:, k, None] + torch.arange(hw[k], device=self.device), size[:, k, None])
+            mirrored(
+                corner_yx[:, k, None] + torch.arange(hw[k], device=self.device), size[:, k, None]
+            )
             for k in range(2)
         )
         row = level.start[index, None] + y * size[:, 1:]  # (n, h)
-        found = level.pixels[row[:, :, None] + x[:, None]]  # (n, h, w, c)
-        return found.permute(0, 3, 1, 2).float()
+        return level.rgb[row[:, :, None] + x[:, None]].permute(0, 3, 1, 2).float()
+
+    def _nearest(self, index: Tensor, place: Tensor) -> Tensor:
+        level = self.levels[0]
+        size = level.size_hw[index][:, :, None, None]
+        y, x = mirrored(place, size).unbind(1)
+        return self.labels[level.start[index][:, None, None] + y * size[:, 1] + x]
 
 
 def _halved(plane: Tensor) -> Tensor:

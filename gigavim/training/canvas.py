@@ -116,8 +116,11 @@ class Canvases:
         mirror = torch.where(drawn[2] < 0.5, -1.0, 1.0)
         stretch = ((2 * drawn[3] - 1) * augment.stretch).exp()
         scale = step[:, None] * torch.stack((stretch, mirror / stretch), -1)
-        origin = torch.zeros_like(scale)
-        return get_rotation_matrix2d(origin, angle, scale)[:, :, :2]
+        # In float64: products of float32 may be rounded where training asks for fast ones.
+        turned = get_rotation_matrix2d(
+            torch.zeros(len(step), 2).double(), angle.double(), scale.double()
+        )
+        return turned[:, :, :2].float()
 
 
 def _lay(cells: Tensor, count: int, rows: int, cols: int) -> Tensor:
