@@ -85,13 +85,20 @@ class Atlas:
         x = torch.arange(w, device=self.device) - (w - 1) / 2
         along_y = step[:, :, 0, None, None] * y[:, None]  # (n, 2, h, 1)
         place = along_y + step[:, :, 1, None, None] * x + centre_yx[:, :, None, None]
-        pixels = self._cut(self.levels[level], index, corner, cut_hw.tolist())
+        cut_h, cut_w = cut_hw.tolist()
         rows, cols = (place / 2**level - 0.5 - corner[:, :, None, None]).unbind(1)
-        colours = remap(pixels, cols, rows, padding_mode="border", align_corners=True)
+        colours = remap(
+            self._cut(self.levels[level], index, corner, (cut_h, cut_w)),
+            cols * (2 / (cut_w - 1)) - 1,
+            rows * (2 / (cut_h - 1)) - 1,
+            padding_mode="border",
+            align_corners=True,
+            normalized_coordinates=True,  # of pixels, kornia would wait for the device
+        )
         return colours, self._nearest(index, (place - 0.5).round().long())
 
-    def _cut(self, level: Level, index: Tensor, corner_yx: Tensor, hw: Sequence[int]) -> Tensor:
-        """Upright windows (n, 3, *hw) float32 of a level."""
+    def _cut(self, level: Level, index: Tensor, corner_yx: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Upright windows (n, 3, *hw) float32 of a level, mirrored beyond its borders."""
         size = level.size_hw[index]
         y, x = (
             mirrored(
