@@ -12,8 +12,8 @@ from gigavim_kernels.cuda.arithmetic import multiplied
 from gigavim_kernels.cuda.launch import SIZES, on_device_of, options
 
 BLOCK_TOKENS, BLOCK_OUT, BLOCK_IN, WARPS, STAGES = 64, 64, 64, 4, 3
-NORMED_OUT, NORMED_WARPS = 256, 8
-"""Of programs that norm: so many columns at most, all of a row."""
+NORMED_OUT, NORMED_TOKENS, NORMED_WARPS = 256, 32, 8
+"""Of programs that norm. They take all columns of a row, `NORMED_OUT` at most."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -81,18 +81,19 @@ def add_product(
         With `norm`, the normed sums (T, D) in the dtype of y.
     """
     (count, width), inner = into.shape, y.shape[1]
-    block_out, warps, normed = BLOCK_OUT, WARPS, None
+    tokens, block_out, warps, normed = BLOCK_TOKENS, BLOCK_OUT, WARPS, None
     if norm is not None:
-        block_out, warps = max(BLOCK_OUT, triton.next_power_of_2(width)), NORMED_WARPS
+        tokens, warps = NORMED_TOKENS, NORMED_WARPS
+        block_out = max(BLOCK_OUT, triton.next_power_of_2(width))
         normed = y.new_empty(count, width)
     if into.numel() == 0:
         return normed
-    programs = -(-count // BLOCK_TOKENS) * -(-width // block_out)
+    programs = -(-count // tokens) * -(-width // block_out)
     own, eps = (None, 0.0) if norm is None else norm
     with on_device_of(into):
         _add_product[(programs,)](
             into, y, weight, own, normed, count, factor, eps, into.stride(0), y.stride(0),
-            D=width, E=inner, BT=BLOCK_TOKENS, BD=block_out, BE=BLOCK_IN, STAGES=STAGES,
+            D=width, E=inner, BT=tokens, BD=block_out, BE=BLOCK_IN, STAGES=STAGES,
             **options(warps),
         )  # fmt: skip
     return normed
