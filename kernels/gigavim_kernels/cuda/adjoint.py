@@ -16,7 +16,7 @@ from gigavim_kernels.cuda.plan import (
     multiprocessors,
     plan_scan,
 )
-from gigavim_kernels.cuda.scan import MARK, STAGES, UNROLL, combine, is_tied
+from gigavim_kernels.cuda.scan import MARK, STAGES, UNROLL, combine, is_tied, marked_chunk
 from gigavim_kernels.naive import spread_rates
 
 GRADIENT_STAGES = 4
@@ -59,7 +59,7 @@ def scan_gradients(
         grad_y: (B, L, E) contiguous; grad_last, grad_decay, decay: (B, E, N) contiguous float32.
         x, dt, z: (B, L, E); bc: (B, L, 2 N); A: (E, N) or (E, 1); D, dt_bias: (E,): as the scan's.
         marks: (B, ceil(L / MARK), N, E), see `Scanned`.
-        chunk: tokens per chunk; chosen by size if absent.
+        chunk: tokens per chunk, as it was given to the scan that marked.
     """
     batch, length, channels = x.shape
     states = bc.shape[2] // 2
@@ -67,7 +67,8 @@ def scan_gradients(
     kernel = GRADIENT_TIED if tied else GRADIENT
     plan = plan_scan(
         batch, length, channels, states,
-        multiprocessors=multiprocessors(x.device), kernel=kernel, chunk=chunk, multiple=MARK,
+        multiprocessors=multiprocessors(x.device), kernel=kernel, multiple=MARK,
+        chunk=marked_chunk(x, states, tied=tied) if chunk is None else chunk,
     )  # fmt: skip
     chunks, blocks, width = plan.chunks, plan.blocks_e, plan.block_e
     if chunks > 1:

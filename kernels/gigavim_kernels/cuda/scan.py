@@ -11,6 +11,8 @@ from gigavim_kernels.cuda.launch import on_device_of, options, reverse_bits
 from gigavim_kernels.cuda.plan import (
     FORWARD,
     FORWARD_TIED,
+    GRADIENT,
+    GRADIENT_TIED,
     Kernel,
     ScanPlan,
     multiprocessors,
@@ -73,7 +75,8 @@ def scan(
             first: (S, B, E, N). Contiguous float32.
         reverse: for each direction, whether it scans from the last token to the first.
         steps: dt are the steps, softplus(dt + dt_bias): they are taken as they are.
-        chunk: tokens per chunk, chosen by size if absent; with marks rounded up to whole ones.
+        chunk: tokens per chunk, chosen by size if absent; with marks rounded up to whole ones, and
+            to be given to `scan_gradients` too.
         mark: keep states for the gradients.
         out: receives y; any strides as long as the last dimension is contiguous.
     """
@@ -91,6 +94,8 @@ def scan(
         return Scanned(y, last, torch.ones_like(last), marks)
     decay = torch.empty_like(last)
     kernel = FORWARD_TIED if tied and not mark else FORWARD
+    if mark and chunk is None:
+        chunk = marked_chunk(x[0], states, tied=tied)
     plan = _plan(x, states, kernel, chunk, MARK if mark else 1)
     starts = None
     if plan.chunks > 1:
@@ -181,6 +186,16 @@ def combine(
             E=channels, N=states, TIED=is_tied(A, states), BE=COMBINE_CHANNELS, U=COMBINE_UNROLL,
             **options(4),
         )  # fmt: skip
+
+
+def marked_chunk(x: Tensor, states: int, *, tied: bool) -> int:
+    """Tokens per chunk of a marked scan over x (B, L, E), and of the gradients from its marks.
+
+    A reversed chunk is marked from its end, so that marks are found again only by the same cuts.
+    They suit the gradients, which take longest.
+    """
+    kernel = GRADIENT_TIED if tied else GRADIENT
+    return _plan(x[None], states, kernel, None, MARK).chunk
 
 
 def is_tied(A: Tensor, states: int) -> bool:

@@ -60,6 +60,29 @@ def test_results_and_gradients_meet_the_specification(
         assert relative_error(found_grads[name], want) < 1e-5, name
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_start_from_the_states_that_the_scan_marked(
+    ops, random_scan, relative_error, device, monkeypatch, reverse, tied
+):
+    """Whatever the plans: the passes hold different numbers of programs on a chip."""
+    from gigavim_kernels.cuda import plan
+
+    for name in ("INTERPRETED_MULTIPROCESSORS", "SHORTEST_CHUNK", "GOOD_CHUNK"):
+        monkeypatch.setattr(plan, name, 1)
+    length = 200 if device.type == "cpu" else 70_001
+    given = random_scan(1, length, 5, 8, torch.float32)
+    if tied:
+        given["A"] = given["A"][:, :1]
+    given = {name: t.to(device) for name, t in given.items()}
+    weights = [torch.randn(1, length, 5, dtype=torch.float64).to(device)]
+    _, found = gradients(ops.selective_scan, given, weights, reverse)
+    wide = {name: t.double() for name, t in given.items()}
+    _, expected = gradients(chunked.selective_scan, wide, weights, reverse)
+    for name, want in expected.items():
+        assert relative_error(found[name], want) < 1e-5, name
+
+
 @pytest.mark.parametrize("channels", [6, pytest.param(64, id="scratch of 16 bits if tied")])
 @pytest.mark.parametrize("tied", [False, True])
 def test_half_precision_gradients(ops, random_scan, relative_error, device, tied, channels):
