@@ -296,9 +296,10 @@ class Bench:
 
 
 def rows_of(table: str, recipe: Recipe, only: str | None) -> list[Row]:
-    """The rows of a table whose name contains `only`, and those that they go on from."""
+    """The row called `only`, else those whose name contains it; and those that they go on from."""
     rows = TABLES[table](recipe)
-    chosen = [row for row in rows if only is None or only in row.name]
+    named = [row for row in rows if row.name == only]
+    chosen = named or [row for row in rows if only is None or only in row.name]
     needed = {row.goes_on_from for row in chosen}
     return [row for row in rows if row in chosen or row.name in needed]
 
@@ -312,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="made with `gigavim train --pack`")
     parser.add_argument("--minutes", type=float, help="per row")
     parser.add_argument("--steps", type=int, help="per row, in place of minutes")
-    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--only", help="the row of this name, or rows whose name contains it")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)

@@ -6,16 +6,12 @@ the sequence, which RMSNorm and the bias-free in_proj keep at zero) and the scan
 edges.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 States = tuple[Tensor, ...]
 """One (E, N) float32 tensor per direction of one sense (forward or reverse), branch by branch."""
-
-Begun = list[Tensor]
-"""What a block leaves to the next: one tensor, which that takes out, so as to free its memory."""
 
 
 class BlockKernel(Protocol):
@@ -58,30 +54,9 @@ class BlockKernel(Protocol):
         """
         ...
 
-    def apply(
-        self, streams: Tensor, begun: Begun | None = None, then: "BlockKernel | None" = None
-    ) -> Begun | None:
-        """Apply the block in place to whole sequences (B, L, D), contiguous float32.
-
-        Args:
-            begun: what the block before returned, told of this one.
-            then: the block that comes next.
-
-        Returns:
-            What `then` may begin with, if there is anything.
-        """
+    def apply(self, streams: Tensor) -> None:
+        """Apply the block in place to whole sequences (B, L, D), contiguous float32."""
         ...
-
-
-def apply_in_turn(
-    kernels: Sequence[BlockKernel], streams: Tensor, told: Callable[[int], None] | None = None
-) -> None:
-    """Apply blocks one after the other, in place, and tell how many are done after each."""
-    begun = None
-    for done, kernel in enumerate(kernels, 1):
-        begun = kernel.apply(streams, begun, kernels[done] if done < len(kernels) else None)
-        if told is not None:
-            told(done)
 
 
 def apply_each(kernel: BlockKernel, streams: Tensor) -> None:

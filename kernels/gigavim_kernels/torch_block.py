@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigavim_kernels import chunked, naive
-from gigavim_kernels.block import Begun, BlockKernel, States, apply_each
+from gigavim_kernels.block import States, apply_each
 from gigavim_kernels.weights import BlockWeights, Branch, Direction
 
 CHUNK_CPU, CHUNK_ACCELERATOR = 1024, 16_384
@@ -79,10 +79,8 @@ class TorchBlock:
             stream.add_(rows)
         return tuple(carried)
 
-    def apply(
-        self, streams: Tensor, begun: Begun | None = None, then: BlockKernel | None = None
-    ) -> None:
-        """See `BlockKernel.apply`; nothing is left to the next block."""
+    def apply(self, streams: Tensor) -> None:
+        """See `BlockKernel.apply`."""
         apply_each(self, streams)
 
     def _scan(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gigavim_kernels.block import Begun, BlockKernel, States, apply_each
+from gigavim_kernels.block import States, apply_each
 from gigavim_kernels.cpu.conv import conv_rows
 from gigavim_kernels.cpu.layout import (
     STATE_MULTIPLE,
@@ -100,10 +100,8 @@ class CpuBlock:
             self._add_outputs(stream, chunks)
         return tuple(carried)
 
-    def apply(
-        self, streams: Tensor, begun: Begun | None = None, then: BlockKernel | None = None
-    ) -> None:
-        """See `BlockKernel.apply`; nothing is left to the next block."""
+    def apply(self, streams: Tensor) -> None:
+        """See `BlockKernel.apply`."""
         apply_each(self, streams)
 
     def _add_outputs(self, stream: Tensor, chunks: list["_Chunk"]) -> None:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigavim_kernels.block import Begun, BlockKernel, States
+from gigavim_kernels.block import States
 from gigavim_kernels.cuda.directions import Directions, compact_rates, scan_inputs, stack
 from gigavim_kernels.cuda.norm import rms_norm
-from gigavim_kernels.cuda.product import NORMED_OUT, add_product
+from gigavim_kernels.cuda.product import add_product
 from gigavim_kernels.cuda.scan import Scanned, scan, scan_states
 from gigavim_kernels.weights import BlockWeights, Branch
 
@@ -82,18 +82,15 @@ class CudaBlock:
         return tuple(carried)
 
     @torch.no_grad()
-    def apply(
-        self, streams: Tensor, begun: Begun | None = None, then: BlockKernel | None = None
-    ) -> Begun | None:
-        """See `BlockKernel.apply`; what is left to the next block are its normed rows."""
+    def apply(self, streams: Tensor) -> None:
+        """See `BlockKernel.apply`."""
         rows = streams.view(-1, streams.shape[2])
         outputs = []
         for branch in self._branches:
-            xz = F.linear(begun.pop() if begun else self._norm(branch, rows)[0], branch.in_proj)
+            xz = F.linear(self._norm(branch, rows)[0], branch.in_proj)
             xz = xz.view(*streams.shape[:2], -1)
             outputs.append(self._scan(branch, xz, 0, None).y.flatten(0, 1))
-        normed = self._add(rows, outputs, then)
-        return None if normed is None else [normed]
+        self._add(rows, outputs)
 
     def _norm(self, branch: "_Branch", stream: Tensor, *halos: Tensor) -> Tensor:
         """The normed rows between their halos, (1, halo + T + halo, D), in the products' dtype."""
@@ -116,35 +113,15 @@ class CudaBlock:
             steps=own.steps, out=x,
         )  # fmt: skip
 
-    def _add(
-        self, stream: Tensor, outputs: list[Tensor], then: BlockKernel | None = None
-    ) -> Tensor | None:
-        """Add what the branches give, each (T, E), to the stream (T, D), in place.
-
-        Returns:
-            The normed rows of a block that comes next, if they cost nothing more to read.
-        """
-        if self._product == stream.dtype:
-            factor = self._stream_scale
-            for y, branch in zip(outputs, self._branches):
+    def _add(self, stream: Tensor, outputs: list[Tensor]) -> None:
+        """Add what the branches give, each (T, E), to the stream (T, D), in place."""
+        factor = self._stream_scale
+        for y, branch in zip(outputs, self._branches):
+            if self._product == stream.dtype:
                 stream.addmm_(y, branch.out_proj.T, beta=factor)
-                factor = 1
-            return None
-        factor, normed = self._stream_scale, None
-        for place, (y, branch) in enumerate(zip(outputs, self._branches), 1):
-            norm = self._norm_of(then) if place == len(outputs) else None
-            normed = add_product(stream, y, branch.out_proj, factor=factor, norm=norm)
+            else:
+                add_product(stream, y, branch.out_proj, factor=factor)
             factor = 1
-        return normed
-
-    def _norm_of(self, block: BlockKernel | None) -> tuple[Tensor, float] | None:
-        """Weight and eps of a block's norm, where `add_product` can apply it."""
-        if not isinstance(block, CudaBlock) or block._product != self._product:
-            return None
-        first, *more = block._branches
-        if more or len(first.norm_weight) > NORMED_OUT:
-            return None
-        return first.norm_weight, first.norm_eps
 
 
 @dataclass(frozen=True, slots=True)

