@@ -4,15 +4,15 @@ from pathlib import Path
 
 from gigavim.config import Settings
 from gigavim.names import result_stem
-from gigavim.outputs.atomic import OutputSet, sync_tree
+from gigavim.outputs.atomic import OutputSet
 from gigavim.outputs.formats import result_paths
 from gigavim.outputs.results import summary_of, write_results
 from gigavim.pipeline import Stopwatch, open_input, prepare, scratch_folder, scratch_parent, swept
 from gigavim.progress import Progress, Silent
 from gigavim.results import Embedding
 from gigavim.store.build import Content, build_store
-from gigavim.store.checksums import write_checksums
 from gigavim.store.crew import Crew
+from gigavim.store.seal import Seal
 
 
 def embed(
@@ -63,14 +63,18 @@ def embed(
         with (
             scratch_folder(settings) as scratch,
             swept(job, settings, scratch, watch, progress) as run,
+            Crew() as crew,
         ):
-            store = build_store(folder, job, run, settings, content, watch=watch, progress=progress)
-        with Crew() as crew:
-            crew.do(sync_tree, folder)  # the disk works while checksums and files are made
-            crew.do(write_checksums, folder)
+            seal = Seal(folder, crew)
+            store = build_store(
+                folder, job, run, settings, content, watch=watch, progress=progress, seal=seal
+            )
+        with Crew(1) as crew:
+            crew.do(seal.finish)  # while files are made
             if not parts:
                 summary = summary_of(store)
             else:
                 with progress.stage("write", len(targets.formats) - 1, "files") as advance:
                     summary = write_results(store, parts, settings.output, advance=advance)
+        outputs.synced(folder)
     return Embedding(path, targets.paths, summary)

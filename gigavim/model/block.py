@@ -27,6 +27,11 @@ class RMSNorm(nn.Module):
         """Normalise (..., width), in float32 where autocast has left less."""
         return F.rms_norm(full_precision(x), self.weight.shape, self.weight, self.eps)
 
+    def bound(self) -> float:
+        """No number that `forward` gives is larger, whatever it is given: of x^2 / mean(x^2) a
+        single number has at most the whole width."""
+        return math.sqrt(len(self.weight)) * float(self.weight.detach().abs().max())
+
 
 class Mixer(nn.Module):
     """in_proj, one or two scans, gate, sum, out_proj.

@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,6 +33,8 @@ FULL = {
 }
 """Errors of a file system that takes no more, and what they mean."""
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+SYNCS = 4
+"""Files that a disk is asked to take at a time."""
 _SCARCE_BYTES = 1 << 20
 """Libraries that hide the errno (GDAL does) are taken to have met a full disk below this."""
 
@@ -83,6 +86,7 @@ class OutputSet:
     def __init__(self, *, overwrite: bool = False) -> None:
         self._overwrite = overwrite
         self._temporary: dict[Path, Path] = {}
+        self._synced: set[Path] = set()
         self._made_folders: list[Path] = []
 
     def path(self, path: str | Path) -> Path:
@@ -92,6 +96,10 @@ class OutputSet:
     def folder(self, path: str | Path) -> Path:
         """A temporary, empty folder that becomes `path`, named as `path` is."""
         return self._reserve(Path(path).absolute(), is_folder=True)
+
+    def synced(self, temporary: Path) -> None:
+        """Take the caller's word that all of a temporary path is on the disk, and stays so."""
+        self._synced.add(temporary)
 
     def _reserve(self, final: Path, *, is_folder: bool) -> Path:
         if final not in self._temporary:
@@ -147,8 +155,9 @@ class OutputSet:
 
     def _commit(self) -> None:
         for final, temporary in self._temporary.items():
-            with explained(final):
-                sync_tree(temporary)
+            if temporary not in self._synced:
+                with explained(final):
+                    sync_tree(temporary)
         done: list[tuple[Path, Path | None]] = []
         try:
             for final, temporary in self._temporary.items():
@@ -164,7 +173,7 @@ class OutputSet:
             if backup is not None:
                 _remove(backup)
         for folder in {final.parent for final in self._temporary}:
-            _sync(folder)
+            sync(folder)
         self._made_folders.clear()
 
     def _clear(self) -> None:
@@ -207,14 +216,26 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sync_tree(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, is on the disk."""
-    for item in path.rglob("*") if path.is_dir() else ():
-        _sync(item)
-    _sync(path)
+def sync_tree(path: Path, *, but: Collection[Path] = ()) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk.
+
+    Folders in `but`, which lie directly in `path`, are on it already.
+    """
+    with ThreadPoolExecutor(SYNCS, "gigavim-sync") as pool:  # a disk takes many at a time
+        for _ in pool.map(sync, _tree(path, but)):
+            pass
 
 
-def _sync(path: Path) -> None:
+def _tree(path: Path, but: Collection[Path]) -> Iterator[Path]:
+    if path.is_dir():
+        for item in path.iterdir():
+            if item not in but:
+                yield from _tree(item, but)
+    yield path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     if os.name == "nt" and path.is_dir():
         return
     # Windows syncs only what is open for writing.

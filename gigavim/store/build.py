@@ -1,8 +1,10 @@
 """A store out of a swept sequence: labels, embeddings and masks, each streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,20 +15,20 @@ from torch import Tensor
 
 from gigavim.config import Settings
 from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probabilities, survey
-from gigavim.engine.devices import one_thread
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
 from gigavim.outputs.arrays import write_array
-from gigavim.outputs.atomic import explained, sync_tree
+from gigavim.outputs.atomic import explained
 from gigavim.outputs.labels import CHUNK_HW, Coverage, LabelStore
 from gigavim.outputs.summary import count_labels
 from gigavim.pipeline import Job, Stopwatch, Swept
-from gigavim.progress import Progress
+from gigavim.progress import Advance, Progress
 from gigavim.provenance import provenance
 from gigavim.store import layout
 from gigavim.store.crew import Crew
 from gigavim.store.pooled import write_pooled
 from gigavim.store.reader import EmbeddingStore
+from gigavim.store.seal import Seal
 from gigavim.store.tokens import TokenWriter, write_index
 
 
@@ -48,28 +50,57 @@ def build_store(
     *,
     watch: Stopwatch,
     progress: Progress,
+    seal: Seal | None = None,
 ) -> EmbeddingStore:
     """Fill an empty folder with what the swept sequence says.
 
-    Memory holds a strip of the map, or a shard of tokens, at a time.
+    Embeddings are written while the map is decoded: what the one leaves of the cores, waiting for
+    memory or the disk, the other has. Memory holds a few strips of the map and shards of tokens.
+
+    Args:
+        seal: of a store that lasts; told of each part that is finished.
 
     Raises:
         OutputError: the disk refuses, or an embedding does not fit float16.
     """
-    with explained(folder):
+    grid, head = job.grid, job.choice.model.head
+    pools = layout.pool_factors(grid.rows, grid.cols) if content.embeddings else ()
+    with (
+        explained(folder),
+        progress.stage("decode", len(job.selection), "tokens") as advance,
+        Crew(1) as beside,
+    ):
         root = zarr.create_group(folder, overwrite=True)
-        pools: tuple[int, ...] = ()
-        with Crew() as crew:
-            with watch.stage("store"):
-                _write_pictures(root, job.tissue.mask, run.picture)
-                if content.embeddings:
-                    pools = _write_embeddings(root, job, run, content, progress, crew)
-                    for part in ("tokens", "pooled") if pools else ("tokens",):
-                        crew.do(sync_tree, folder / part)  # while the map is decoded
-            with watch.stage("decode"):
-                pixels = _write_labels(folder / "map", job, run, progress)
+        to_map, to_tokens, to_shares = _divided(
+            advance, (4, content.embeddings, 4 * content.probabilities)
+        )
+        with watch.stage("store"):
+            _write_pictures(root, job.tissue.mask, run.picture)
+            if content.embeddings:
+                writer = _token_writer(root, job, run, content)
+                if content.probabilities:
+                    with torch.inference_mode(), Crew() as crew:
+                        writer.write_probabilities(to_shares, crew)
+                beside.later(_write_embeddings, writer, pools, to_tokens, beside, seal)
+                if not head.halo and run.sequence.device.type == "cpu":
+                    beside.wait()  # torch's own threads decode, and bear no company
+        with watch.stage("decode"):
+            pixels = _write_labels(folder / "map", job, run, to_map, beside)
+        with watch.stage("store"):
+            beside.wait()
         layout.write_info(root, _info(job, settings, run, content, pools, pixels, watch))
     return EmbeddingStore.open(folder)
+
+
+def _divided(advance: Advance, shares: Sequence[float]) -> list[Advance]:
+    """A share of one bar for each of several threads."""
+    lock, whole = Lock(), sum(shares)
+
+    def part(share: float, tokens: float) -> None:
+        with lock:
+            advance(tokens * share / whole)
+
+    return [partial(part, share) for share in shares]
 
 
 def decoded(job: Job, run: Swept) -> Iterator[LabelStrip]:
@@ -91,8 +122,13 @@ def _made(labels: LabelStore, job: Job) -> Iterator[LabelStrip]:
         yield LabelStrip(y, strip, int((index[row : row + step] >= 0).sum()))
 
 
-def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> tuple[int, ...] | None:
-    """Write the map and its coverage; the pixels of each class, if it holds nothing else."""
+def _write_labels(
+    folder: Path, job: Job, run: Swept, advance: Advance, beside: Crew
+) -> tuple[int, ...] | None:
+    """Write the map and its coverage; the pixels of each class, if it holds nothing else.
+
+    Ends early where a job of the crew fails.
+    """
     grid, frame = job.grid, job.grid.frame
     pixels, classes = np.zeros(256, np.int64), len(job.choice.card.classes)
     labels = LabelStore.create(
@@ -103,13 +139,15 @@ def _write_labels(folder: Path, job: Job, run: Swept, progress: Progress) -> tup
         cells_hw=(grid.rows, grid.cols),
         lasting=True,
     )
-    with (
-        torch.inference_mode(),
-        progress.stage("decode", len(job.selection), "tokens") as advance,
-    ):
+
+    def put(strip: LabelStrip) -> None:
+        labels.write_rows(strip.y, strip.labels)
+        np.add(pixels, count_labels(strip.labels, classes), out=pixels)
+
+    with torch.inference_mode(), Crew(1) as writer:
         for strip in decoded(job, run):
-            labels.write_rows(strip.y, strip.labels)
-            pixels += count_labels(strip.labels, classes)
+            beside.check()
+            writer.do(put, strip)
             advance(strip.tokens)
     labels.flush()
     coverage = np.where(job.selection.index >= 0, Coverage.PREDICTED, Coverage.SKIPPED)
@@ -142,11 +180,9 @@ def _write_pictures(
         write_array(array, picture)
 
 
-def _write_embeddings(
-    root: zarr.Group, job: Job, run: Swept, content: Content, progress: Progress, crew: Crew
-) -> tuple[int, ...]:
-    model, grid = job.choice.model, job.grid
-    gather, head = _features(job, run), model.head
+def _token_writer(root: zarr.Group, job: Job, run: Swept, content: Content) -> TokenWriter:
+    """What writes the tokens; their arrays are made."""
+    gather, head = _features(job, run), job.choice.model.head
     with torch.inference_mode():
         context = None
         if content.probabilities and run.shares is None:
@@ -157,25 +193,32 @@ def _write_embeddings(
             return run.shares.rows(first, last)
         return mean_probabilities(gather, head, job.selection, first, last, context=context)
 
-    pools = layout.pool_factors(grid.rows, grid.cols)
-    write_index(root, job.selection.index)
-    with (
-        torch.inference_mode(),
-        one_thread(),
-        progress.stage("store", len(job.selection), "tokens") as advance,
-    ):
-        writer = TokenWriter(
-            root, run.sequence, model, grid, job.selection, dtype=content.dtype,
-            probabilities=probabilities if content.probabilities else None, crew=crew,
-        )  # fmt: skip
-        share = 0.5 if pools else 1.0
-        writer.write(lambda tokens: advance(tokens * share))
+    return TokenWriter(
+        root, run.sequence, job.choice.model, job.grid, job.selection, dtype=content.dtype,
+        probabilities=probabilities if content.probabilities else None,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _write_embeddings(
+    writer: TokenWriter,
+    pools: tuple[int, ...],
+    advance: Advance,
+    beside: Crew,
+    seal: Seal | None,
+) -> None:
+    """Write tokens, pooled levels and what finds them; the work of one job of a crew."""
+    write_index(writer.root, writer.selection.index)
+    with Crew(within=beside) as crew:
+        writer.write(advance, crew)
         if pools:
-            # Both at once: while the one waits for the disk, the other has the cores.
-            with Crew(1) as other:
-                write_pooled(writer, pools, lambda tokens: advance(tokens * (1 - share)), other)
-        writer.finish()
-    return pools
+            # At once with the shards: while the one waits for the disk, the other has the cores.
+            with Crew(1, within=beside) as other:
+                write_pooled(writer, pools, other)
+    writer.finish()
+    for part in ("tokens", "index", "slide", "pooled") if pools else ("tokens", "index", "slide"):
+        if seal is not None:
+            seal.part(part)
 
 
 def _info(

@@ -1,7 +1,7 @@
 """SHA-256 of every file of a store, in the form that `sha256sum --check` reads."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,18 +12,28 @@ from gigavim.store.layout import CHECKSUMS
 READERS = 2
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the checksums of a finished store into it.
+def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the checksums of a finished store into it; those that are known are not made again.
 
     Raises:
         OutputError: the disk refuses.
     """
+    digests = dict(known or {})
     with explained(folder / CHECKSUMS):
         names = list(_files(folder))
-        with ThreadPoolExecutor(READERS, thread_name_prefix="gigavim-checksums") as pool:
-            digests = pool.map(_sha256, [folder / name for name in names])
-            lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
+        digests |= _digests(folder, [name for name in names if name not in digests])
+        lines = [f"{digests[name]}  {name}\n" for name in names]
         (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def part_checksums(folder: Path, part: str) -> dict[str, str]:
+    """SHA-256 of a store's files below one of its folders, by file name relative to the store.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    with explained(folder / part):
+        return _digests(folder, [f"{part}/{name}" for name in _files(folder / part)])
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -78,6 +88,12 @@ def _files(folder: Path) -> Iterator[str]:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != CHECKSUMS:
             yield name
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(READERS, thread_name_prefix="gigavim-checksums") as pool:
+        found = pool.map(_sha256, [folder / name for name in names])
+        return dict(zip(names, found, strict=True))
 
 
 def _sha256(path: Path) -> str:

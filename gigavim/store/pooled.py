@@ -15,7 +15,7 @@ from torch import Tensor
 from gigavim.outputs.arrays import ArrayWriter
 from gigavim.store import layout
 from gigavim.store.crew import Crew
-from gigavim.store.tokens import Advance, TokenWriter
+from gigavim.store.tokens import TokenWriter
 
 SIDE = layout.POOL_SHARD
 
@@ -40,7 +40,7 @@ class _Level:
     counts: ArrayWriter
 
 
-def write_pooled(writer: TokenWriter, pools: tuple[int, ...], advance: Advance, crew: Crew) -> None:
+def write_pooled(writer: TokenWriter, pools: tuple[int, ...], crew: Crew) -> None:
     """Have the crew write the pooled levels: 2, 4, 8, ..., of which the last is one shard."""
     grid = writer.grid
     levels = []
@@ -50,7 +50,7 @@ def write_pooled(writer: TokenWriter, pools: tuple[int, ...], advance: Advance, 
             dtype=writer.dtype,
         )  # fmt: skip
         levels.append(_Level(counts.shape, ArrayWriter(embeddings), ArrayWriter(counts)))
-    _write_shard(writer, levels, len(levels) - 1, 0, 0, advance, crew)
+    _write_shard(writer, levels, len(levels) - 1, 0, 0, crew)
 
 
 def _write_shard(
@@ -59,7 +59,6 @@ def _write_shard(
     level: int,
     row: int,
     col: int,
-    advance: Advance,
     crew: Crew,
 ) -> _Cells:
     """Write shard (row, col) of a level, after all that it is made of: the shard, halved."""
@@ -68,7 +67,6 @@ def _write_shard(
     )
     if level == 0:
         cells = _pooled_tokens(writer, row * SIDE, col * SIDE, height, width)
-        advance(int(cells.count.sum()))
     else:
         kind = torch.float16 if writer.dtype == "float16" else torch.float32
         cells = _Cells(
@@ -79,7 +77,7 @@ def _write_shard(
         for y in range(2 if height > half else 1):
             for x in range(2 if width > half else 1):
                 corner = 2 * row + y, 2 * col + x
-                part = _write_shard(writer, levels, level - 1, *corner, advance, crew)
+                part = _write_shard(writer, levels, level - 1, *corner, crew)
                 place = slice(y * half, (y + 1) * half), slice(x * half, (x + 1) * half)
                 cells.means[place], cells.count[place] = part.means, part.count
     halved = _halved(cells)

@@ -1,7 +1,7 @@
 """Embeddings from the swept sequence into a store, a shard at a time."""
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from gigavim.store.crew import Crew
 from gigavim.tokens.grid import Index, TokenGrid, TokenSelection
 
 BATCH_TOKENS = 2048
+LARGEST = {"float16": float(np.finfo(np.float16).max), "float32": math.inf}
 Advance = Callable[[float], object]
 
 
@@ -33,7 +34,6 @@ class TokenWriter:
         dtype: of the stored embeddings.
         probabilities: gives the classes' shares (n, classes) of the patches first to last - 1,
             which are then stored too.
-        crew: compresses and writes.
     """
 
     def __init__(
@@ -46,15 +46,18 @@ class TokenWriter:
         *,
         dtype: layout.EmbeddingType,
         probabilities: Callable[[int, int], Tensor] | None,
-        crew: Crew,
     ) -> None:
         self.root, self.grid, self.selection, self.dtype = root, grid, selection, dtype
         self.arrays = layout.TokenArrays(len(selection), sequence.width, dtype)
         self._sequence, self._kind = sequence, model.encoder.config.class_token
         self._probabilities = probabilities
         self._classes = model.head.classes
-        self.crew = crew
-        self._sums = np.zeros((0, self.arrays.width))
+        # Looking at every number takes as long as to convert it.
+        self._fits = model.encoder.norm_f.bound() <= LARGEST[dtype]
+        classes = self._classes if probabilities is not None else None
+        created = layout.create_tokens(root, self.arrays, classes=classes)
+        self._made = {name: ArrayWriter(array) for name, array in created.items()}
+        self._sums = np.zeros((-(-self.arrays.tokens // self.arrays.shard), self.arrays.width))
         """(shards, D) sums of embeddings."""
 
     def slots(self, places: Tensor) -> Tensor:
@@ -65,38 +68,35 @@ class TokenWriter:
         """Mean embeddings of groups of patches, (groups, D); see `TokenSequence.means`."""
         return self._sequence.means(self.slots(places), starts)
 
-    def write(self, advance: Advance) -> None:
-        """Have the crew write the token arrays, shard by shard.
+    def write(self, advance: Advance, crew: Crew) -> None:
+        """Have the crew write embeddings and places, shard by shard.
 
         Raises:
             OutputError: a number does not fit float16.
         """
-        classes = self._classes if self._probabilities is not None else None
-        created = layout.create_tokens(self.root, self.arrays, classes=classes)
-        made = {name: ArrayWriter(array) for name, array in created.items()}
-        shards = -(-self.arrays.tokens // self.arrays.shard)
-        self._sums = np.zeros((shards, self.arrays.width))
-        for number in range(shards):
-            start = number * self.arrays.shard
-            rows = slice(start, min(start + self.arrays.shard, self.arrays.tokens))
-            if self._probabilities is not None:
-                self.crew.do(made["probabilities"].write, rows, self._shares(rows))
-            self.crew.later(self._put_shard, made, rows, self._sums[number])
-            advance(rows.stop - start)
+        for rows, total in zip(self._shards(), self._sums, strict=True):
+            crew.later(self._put_shard, rows, total, advance)
+
+    def write_probabilities(self, advance: Advance, crew: Crew) -> None:
+        """Find the classes' shares, and have the crew write them."""
+        for rows in self._shards():
+            crew.do(self._made["probabilities"].write, rows, self._shares(rows))
+            advance(rows.stop - rows.start)
 
     @torch.inference_mode()
-    def _put_shard(
-        self, made: dict[str, ArrayWriter], rows: slice, total: npt.NDArray[np.float64]
-    ) -> None:
+    def _put_shard(self, rows: slice, total: npt.NDArray[np.float64], advance: Advance) -> None:
         """Write the embeddings and places of a shard; adds the sum of the former to `total`."""
         embeddings = np.empty((rows.stop - rows.start, self.arrays.width), self.dtype)
+        stored = torch.from_numpy(embeddings)
         for batch in _batches(rows):
             tokens = self._between(batch.start, batch.stop)
-            place = slice(batch.start - rows.start, batch.stop - rows.start)
-            embeddings[place] = as_stored(tokens, self.dtype)
+            if not self._fits:
+                check_range(tokens, self.dtype)
+            stored[batch.start - rows.start : batch.stop - rows.start] = tokens
             total += tokens.sum(0).double().cpu().numpy()
-        made["embeddings"].write(rows, embeddings)
-        self._put_places(made, rows)
+        self._made["embeddings"].write(rows, embeddings)
+        self._put_places(rows)
+        advance(rows.stop - rows.start)
 
     def _shares(self, rows: slice) -> npt.NDArray[np.float16]:
         """The classes' shares of a shard's patches, (n, classes)."""
@@ -116,19 +116,18 @@ class TokenWriter:
             return rows
         return self._sequence.gather(self.slots(torch.arange(first, last)))
 
-    def _put_places(self, made: dict[str, ArrayWriter], rows: slice) -> None:
+    def _put_places(self, rows: slice) -> None:
         row, col = np.divmod(self.selection.cells[rows], self.grid.cols)
-        made["row_col"].write(rows, np.stack([row, col], 1).astype(np.int32))
+        self._made["row_col"].write(rows, np.stack([row, col], 1).astype(np.int32))
         frame, stride = self.grid.frame, self.grid.stride_px
         xy = np.stack([
             frame.x_level0 + col * (stride * frame.scale_x),
             frame.y_level0 + row * (stride * frame.scale_y),
         ], 1)  # fmt: skip
-        made["xy_level0"].write(rows, xy)
+        self._made["xy_level0"].write(rows, xy)
 
     def finish(self) -> None:
-        """Wait for the crew, then write the embeddings of the whole slide."""
-        self.crew.wait()
+        """Write the embeddings of the whole slide; all shards are written."""
         group = self.root.create_group("slide")
         mean = (self._sums.sum(0) / max(self.arrays.tokens, 1)).astype(np.float32)
         write_array(layout.create_plain(group, "mean", mean.shape, "float32", ("feature",)), mean)
@@ -139,6 +138,11 @@ class TokenWriter:
             array = layout.create_plain(group, "class_tokens", own.shape, "float32", names)
             write_array(array, own)
 
+    def _shards(self) -> Iterator[slice]:
+        tokens, shard = self.arrays.tokens, self.arrays.shard
+        for start in range(0, tokens, shard):
+            yield slice(start, min(start + shard, tokens))
+
 
 def write_index(root: zarr.Group, index: Index) -> None:
     """Write the place of each cell among the tokens."""
@@ -148,21 +152,14 @@ def write_index(root: zarr.Group, index: Index) -> None:
     write_array(array, index)
 
 
-def as_stored(tokens: Tensor, dtype: layout.EmbeddingType) -> npt.NDArray[np.floating[Any]]:
-    """Embeddings in the type of the store.
-
-    Raises:
-        OutputError: one is too large for float16.
-    """
-    if dtype == "float32":
-        return tokens.float().cpu().numpy()
+def check_range(tokens: Tensor, dtype: layout.EmbeddingType) -> None:
+    """Raise `OutputError` where a number is too large for the type of the store."""
     least, most = (float(value) for value in tokens.aminmax())
-    if max(-least, most) > np.finfo(np.float16).max:
+    if max(-least, most) > LARGEST[dtype]:
         raise OutputError(
-            f"an embedding holds {max(-least, most):.3g}, more than float16 can: store this"
+            f"an embedding holds {max(-least, most):.3g}, more than {dtype} can: store this"
             " model's embeddings with --embedding-dtype float32"
         )
-    return tokens.half().cpu().numpy()
 
 
 def _batches(rows: slice) -> Iterator[slice]:
