@@ -63,9 +63,8 @@ def embed(
         with (
             scratch_folder(settings) as scratch,
             swept(job, settings, scratch, watch, progress) as run,
-            Crew() as crew,
         ):
-            seal = Seal(folder, crew)
+            seal = Seal(folder, keep=bool(parts))
             store = build_store(
                 folder, job, run, settings, content, watch=watch, progress=progress, seal=seal
             )

@@ -6,6 +6,7 @@ code that makes the numbers holds. TensorStore compresses and writes on threads 
 """
 
 import errno
+import functools
 import os
 import re
 from pathlib import Path
@@ -41,6 +42,7 @@ class ArrayWriter:
         if not isinstance(array.store, LocalStore):
             raise ValueError(f"{array} is not on a local disk")
         self.path = Path(array.store.root) / array.path
+        self._key = array.metadata.encode_chunk_key
         try:
             self._target = _opened(self.path)
         except ERRORS as error:
@@ -58,6 +60,13 @@ class ArrayWriter:
         except ERRORS as error:
             raise _os_error(error, self.path) from error
 
+    def file(self, *place: int) -> Path:
+        """The file of a shard (a chunk, where there are no shards), by its place among them.
+
+        There is none where it holds nothing but the fill value.
+        """
+        return self.path / self._key(place)
+
 
 def write_array(array: "zarr.Array[Any]", values: npt.NDArray[Any]) -> None:
     """Write all of an array.
@@ -71,17 +80,23 @@ def write_array(array: "zarr.Array[Any]", values: npt.NDArray[Any]) -> None:
 def _opened(path: Path) -> "tensorstore.TensorStore":
     import tensorstore
 
-    # Results are synced as a whole before they are renamed.
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": os.fspath(path)}}
+    return tensorstore.open(spec, open=True, context=_context()).result()
+
+
+@functools.cache
+def _context() -> "tensorstore.Context":
+    """The threads that all arrays share: more of them would only take each other's cores."""
+    import tensorstore
+
     threads = {"limit": THREADS}
-    context = tensorstore.Context(
+    return tensorstore.Context(
         {
-            "file_io_sync": False,
+            "file_io_sync": False,  # results are synced as a whole before they are renamed
             "file_io_concurrency": threads,
             "data_copy_concurrency": threads,
         }
     )
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": os.fspath(path)}}
-    return tensorstore.open(spec, open=True, context=context).result()
 
 
 def _os_error(error: Exception, path: Path) -> OSError:

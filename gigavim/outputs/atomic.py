@@ -211,6 +211,10 @@ def _is_zarr(folder: Path) -> bool:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        with ThreadPoolExecutor(SYNCS, "gigavim-remove") as pool:  # likewise
+            files = (item for item in _tree(path, ()) if not item.is_dir() or item.is_symlink())
+            for _ in pool.map(Path.unlink, files):
+                pass
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -219,7 +223,7 @@ def _remove(path: Path) -> None:
 def sync_tree(path: Path, *, but: Collection[Path] = ()) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk.
 
-    Folders in `but`, which lie directly in `path`, are on it already.
+    What is in `but`, folders with all that is in them, is on it already.
     """
     with ThreadPoolExecutor(SYNCS, "gigavim-sync") as pool:  # a disk takes many at a time
         for _ in pool.map(sync, _tree(path, but)):
@@ -227,21 +231,28 @@ def sync_tree(path: Path, *, but: Collection[Path] = ()) -> None:
 
 
 def _tree(path: Path, but: Collection[Path]) -> Iterator[Path]:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         for item in path.iterdir():
             if item not in but:
                 yield from _tree(item, but)
     yield path
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+def sync(path: Path, *, drop: bool = False) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Args:
+        drop: give the memory back in which the system keeps a file's content for those who read
+            it. What is written next then takes no new memory, which has to be fetched and cleared.
+    """
     if os.name == "nt" and path.is_dir():
         return
     # Windows syncs only what is open for writing.
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
+        if drop and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         # Some network file systems cannot sync a folder; a file must be.
         if not path.is_dir():

@@ -58,7 +58,7 @@ def build_store(
     memory or the disk, the other has. Memory holds a few strips of the map and shards of tokens.
 
     Args:
-        seal: of a store that lasts; told of each part that is finished.
+        seal: of a store that lasts; told of the large files as they are finished.
 
     Raises:
         OutputError: the disk refuses, or an embedding does not fit float16.
@@ -77,11 +77,11 @@ def build_store(
         with watch.stage("store"):
             _write_pictures(root, job.tissue.mask, run.picture)
             if content.embeddings:
-                writer = _token_writer(root, job, run, content)
+                writer = _token_writer(root, job, run, content, seal)
                 if content.probabilities:
                     with torch.inference_mode(), Crew() as crew:
                         writer.write_probabilities(to_shares, crew)
-                beside.later(_write_embeddings, writer, pools, to_tokens, beside, seal)
+                beside.later(_write_embeddings, writer, pools, to_tokens, beside)
                 if not head.halo and run.sequence.device.type == "cpu":
                     beside.wait()  # torch's own threads decode, and bear no company
         with watch.stage("decode"):
@@ -180,7 +180,9 @@ def _write_pictures(
         write_array(array, picture)
 
 
-def _token_writer(root: zarr.Group, job: Job, run: Swept, content: Content) -> TokenWriter:
+def _token_writer(
+    root: zarr.Group, job: Job, run: Swept, content: Content, seal: Seal | None
+) -> TokenWriter:
     """What writes the tokens; their arrays are made."""
     gather, head = _features(job, run), job.choice.model.head
     with torch.inference_mode():
@@ -195,17 +197,13 @@ def _token_writer(root: zarr.Group, job: Job, run: Swept, content: Content) -> T
 
     return TokenWriter(
         root, run.sequence, job.choice.model, job.grid, job.selection, dtype=content.dtype,
-        probabilities=probabilities if content.probabilities else None,
+        probabilities=probabilities if content.probabilities else None, seal=seal,
     )  # fmt: skip
 
 
 @torch.inference_mode()
 def _write_embeddings(
-    writer: TokenWriter,
-    pools: tuple[int, ...],
-    advance: Advance,
-    beside: Crew,
-    seal: Seal | None,
+    writer: TokenWriter, pools: tuple[int, ...], advance: Advance, beside: Crew
 ) -> None:
     """Write tokens, pooled levels and what finds them; the work of one job of a crew."""
     write_index(writer.root, writer.selection.index)
@@ -216,9 +214,6 @@ def _write_embeddings(
             with Crew(1, within=beside) as other:
                 write_pooled(writer, pools, other)
     writer.finish()
-    for part in ("tokens", "index", "slide", "pooled") if pools else ("tokens", "index", "slide"):
-        if seal is not None:
-            seal.part(part)
 
 
 def _info(

@@ -1,7 +1,7 @@
 """SHA-256 of every file of a store, in the form that `sha256sum --check` reads."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,19 +21,12 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
     digests = dict(known or {})
     with explained(folder / CHECKSUMS):
         names = list(_files(folder))
-        digests |= _digests(folder, [name for name in names if name not in digests])
+        missing = [name for name in names if name not in digests]
+        with ThreadPoolExecutor(READERS, thread_name_prefix="gigavim-checksums") as pool:
+            made = pool.map(file_checksum, [folder / name for name in missing])
+            digests |= dict(zip(missing, made, strict=True))
         lines = [f"{digests[name]}  {name}\n" for name in names]
         (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def part_checksums(folder: Path, part: str) -> dict[str, str]:
-    """SHA-256 of a store's files below one of its folders, by file name relative to the store.
-
-    Raises:
-        OutputError: the disk refuses.
-    """
-    with explained(folder / part):
-        return _digests(folder, [f"{part}/{name}" for name in _files(folder / part)])
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -74,7 +67,7 @@ def check_files(
             problems.append(f"{name}: is missing")
         else:
             try:
-                if _sha256(path) != digest:
+                if file_checksum(path) != digest:
                     problems.append(f"{name}: has changed")
             except OSError as error:
                 problems.append(f"{name}: cannot be read ({error.strerror})")
@@ -90,12 +83,7 @@ def _files(folder: Path) -> Iterator[str]:
             yield name
 
 
-def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(READERS, thread_name_prefix="gigavim-checksums") as pool:
-        found = pool.map(_sha256, [folder / name for name in names])
-        return dict(zip(names, found, strict=True))
-
-
-def _sha256(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,9 @@ A shard of a level is made of four of the finer level, as soon as these are made
 forgotten: nothing is read back, and a shard of each level is in memory at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,20 +84,23 @@ def _write_shard(
                 cells.means[place], cells.count[place] = part.means, part.count
     halved = _halved(cells)
     if cells.count.any():
-        window = (
-            slice(row * SIDE, row * SIDE + height),
-            slice(col * SIDE, col * SIDE + width),
-        )
-        crew.do(_put_cells, levels[level], window, cells)
+        crew.do(_put_cells, levels[level], (row, col), cells, writer.seal)
     return halved
 
 
-def _put_cells(level: _Level, window: tuple[slice, slice], cells: _Cells) -> None:
+def _put_cells(
+    level: _Level, shard: tuple[int, int], cells: _Cells, seal: Callable[[Path], object]
+) -> None:
     means: npt.NDArray[Any] = cells.means.numpy()
     empty = (cells.count == 0).numpy()
     if empty.any():
         means[empty] = np.nan
+    window = tuple(
+        slice(place * SIDE, place * SIDE + side)
+        for place, side in zip(shard, empty.shape, strict=True)
+    )
     level.embeddings.write(window, means)
+    seal(level.embeddings.file(*shard, 0))
     level.counts.write(window, cells.count.numpy().astype(np.uint32))
 
 

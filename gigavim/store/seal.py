@@ -1,9 +1,12 @@
-"""A store's finished parts are hashed and brought to the disk while the rest is made."""
+"""A store's parts are hashed and brought to the disk as soon as they are finished.
+
+Files are read for their checksums while they are still in memory, and while more is made.
+"""
 
 from pathlib import Path
 
 from gigavim.outputs.atomic import explained, sync, sync_tree
-from gigavim.store.checksums import part_checksums, write_checksums
+from gigavim.store.checksums import file_checksum, write_checksums
 from gigavim.store.crew import Crew
 from gigavim.store.layout import CHECKSUMS
 
@@ -13,18 +16,24 @@ class Seal:
 
     Args:
         folder: the store.
-        crew: hashes and syncs parts; it is through before `finish` is called.
+        keep: its content in memory, for those who read it next.
     """
 
-    def __init__(self, folder: Path, crew: Crew) -> None:
-        self._folder, self._crew = folder, crew
-        self._synced: set[Path] = set()
+    def __init__(self, folder: Path, *, keep: bool = False) -> None:
+        self._folder, self._keep = folder, keep
         self._digests: dict[str, str] = {}
 
-    def part(self, name: str) -> None:
-        """Have the crew seal a folder of the store to which nothing will be written any more."""
-        self._crew.later(self._sync, self._folder / name)
-        self._crew.later(self._hash, name)
+    def file(self, path: Path) -> None:
+        """Seal a file of the store, if it is there; nothing will be written to it any more.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        if path.exists():
+            with explained(self._folder):
+                digest = file_checksum(path)
+                sync(path, drop=not self._keep)
+            self._digests[path.relative_to(self._folder).as_posix()] = digest
 
     def finish(self) -> None:
         """Seal what is left of the finished store; all of it is on the disk when this returns.
@@ -34,15 +43,9 @@ class Seal:
         """
         with explained(self._folder):
             with Crew() as crew:
-                crew.do(sync_tree, self._folder, but=self._synced)
+                crew.do(
+                    sync_tree, self._folder, but={self._folder / name for name in self._digests}
+                )
                 crew.do(write_checksums, self._folder, self._digests)
             sync(self._folder / CHECKSUMS)
             sync(self._folder)
-
-    def _sync(self, folder: Path) -> None:
-        with explained(folder):
-            sync_tree(folder)
-        self._synced.add(folder)
-
-    def _hash(self, part: str) -> None:
-        self._digests |= part_checksums(self._folder, part)

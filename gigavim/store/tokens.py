@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from gigavim.model.sequence import class_slots, patch_slots
 from gigavim.outputs.arrays import ArrayWriter, write_array
 from gigavim.store import layout
 from gigavim.store.crew import Crew
+from gigavim.store.seal import Seal
 from gigavim.tokens.grid import Index, TokenGrid, TokenSelection
 
 BATCH_TOKENS = 2048
@@ -34,6 +36,7 @@ class TokenWriter:
         dtype: of the stored embeddings.
         probabilities: gives the classes' shares (n, classes) of the patches first to last - 1,
             which are then stored too.
+        seal: told of the embeddings' files as they are finished.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class TokenWriter:
         *,
         dtype: layout.EmbeddingType,
         probabilities: Callable[[int, int], Tensor] | None,
+        seal: Seal | None = None,
     ) -> None:
         self.root, self.grid, self.selection, self.dtype = root, grid, selection, dtype
         self.arrays = layout.TokenArrays(len(selection), sequence.width, dtype)
         self._sequence, self._kind = sequence, model.encoder.config.class_token
         self._probabilities = probabilities
         self._classes = model.head.classes
+        self.seal: Callable[[Path], object] = (lambda file: None) if seal is None else seal.file
         # Looking at every number takes as long as to convert it.
         self._fits = model.encoder.norm_f.bound() <= LARGEST[dtype]
         classes = self._classes if probabilities is not None else None
@@ -95,6 +100,7 @@ class TokenWriter:
             stored[batch.start - rows.start : batch.stop - rows.start] = tokens
             total += tokens.sum(0).double().cpu().numpy()
         self._made["embeddings"].write(rows, embeddings)
+        self.seal(self._made["embeddings"].file(rows.start // self.arrays.shard, 0))
         self._put_places(rows)
         advance(rows.stop - rows.start)
 
