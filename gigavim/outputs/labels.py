@@ -137,8 +137,11 @@ class LabelStore:
             held = 0
         if not held:
             self._pending_y = y
-        self._pending.append(np.array(strip))
         end = y + len(strip)
+        if not held and y % CHUNK_HW[0] == 0 and end % CHUNK_HW[0] == 0:
+            self.write(y, 0, strip)  # whole chunks as they are
+            return
+        self._pending.append(np.array(strip))
         if end >= self.height or end // CHUNK_HW[0] > self._pending_y // CHUNK_HW[0]:
             self.flush(keep=0 if end >= self.height else end % CHUNK_HW[0])
 
@@ -181,6 +184,14 @@ class LabelStore:
         cells = np.asarray(self._coverage[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
         return cells[np.ix_(rows - rows[0], cols - cols[0])]
 
+    def files(self, y0: int, y1: int) -> list[Path]:
+        """Where the labels are whose chunks begin in rows y0 to y1 - 1; written from here."""
+        chunk = self._labels.shards or self._labels.chunks
+        rows = range(-(-y0 // chunk[0]), -(-y1 // chunk[0]))
+        cols = range(-(-self.width // chunk[1]))
+        writer = self._writer(self._labels)
+        return [writer.file(row, col) for row in rows for col in cols]
+
     def remove(self) -> None:
         """Delete the scratch folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -191,10 +202,13 @@ class LabelStore:
         height, width = window.shape
         _check_window(array.shape, y, y + height, x, x + width)
         with explained(self.folder):
-            if array.name not in self._writers:
-                self._writers[array.name] = ArrayWriter(array)
-            writer = self._writers[array.name]
-            writer.write((slice(y, y + height), slice(x, x + width)), window)
+            region = slice(y, y + height), slice(x, x + width)
+            self._writer(array).write(region, window)
+
+    def _writer(self, array: "zarr.Array[Any]") -> ArrayWriter:
+        if array.name not in self._writers:
+            self._writers[array.name] = ArrayWriter(array)
+        return self._writers[array.name]
 
 
 def windows(height: int, width: int, *, side_px: int) -> Iterator[tuple[int, int, int, int]]:

@@ -81,11 +81,11 @@ def build_store(
                 if content.probabilities:
                     with torch.inference_mode(), Crew() as crew:
                         writer.write_probabilities(to_shares, crew)
-                beside.later(_write_embeddings, writer, pools, to_tokens, beside)
+                beside.later(_write_embeddings, writer, pools, to_tokens, beside, seal)
                 if not head.halo and run.sequence.device.type == "cpu":
                     beside.wait()  # torch's own threads decode, and bear no company
         with watch.stage("decode"):
-            pixels = _write_labels(folder / "map", job, run, to_map, beside)
+            pixels = _write_labels(folder / "map", job, run, to_map, beside, seal)
         with watch.stage("store"):
             beside.wait()
         layout.write_info(root, _info(job, settings, run, content, pools, pixels, watch))
@@ -123,7 +123,7 @@ def _made(labels: LabelStore, job: Job) -> Iterator[LabelStrip]:
 
 
 def _write_labels(
-    folder: Path, job: Job, run: Swept, advance: Advance, beside: Crew
+    folder: Path, job: Job, run: Swept, advance: Advance, beside: Crew, seal: Seal | None
 ) -> tuple[int, ...] | None:
     """Write the map and its coverage; the pixels of each class, if it holds nothing else.
 
@@ -143,6 +143,11 @@ def _write_labels(
     def put(strip: LabelStrip) -> None:
         labels.write_rows(strip.y, strip.labels)
         np.add(pixels, count_labels(strip.labels, classes), out=pixels)
+        if seal is not None:
+            end = strip.y + len(strip.labels)
+            whole = end if end == frame.height_px else end // CHUNK_HW[0] * CHUNK_HW[0]
+            for file in labels.files(strip.y - strip.y % CHUNK_HW[0], whole):
+                seal.file(file)
 
     with torch.inference_mode(), Crew(1) as writer:
         for strip in decoded(job, run):
@@ -203,7 +208,11 @@ def _token_writer(
 
 @torch.inference_mode()
 def _write_embeddings(
-    writer: TokenWriter, pools: tuple[int, ...], advance: Advance, beside: Crew
+    writer: TokenWriter,
+    pools: tuple[int, ...],
+    advance: Advance,
+    beside: Crew,
+    seal: Seal | None,
 ) -> None:
     """Write tokens, pooled levels and what finds them; the work of one job of a crew."""
     write_index(writer.root, writer.selection.index)
@@ -214,6 +223,9 @@ def _write_embeddings(
             with Crew(1, within=beside) as other:
                 write_pooled(writer, pools, other)
     writer.finish()
+    if seal is not None:
+        for part in ("thumbnail", "tissue", "index", "slide", "tokens", *("pooled",) * bool(pools)):
+            seal.folder(part)
 
 
 def _info(

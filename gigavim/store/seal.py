@@ -35,6 +35,12 @@ class Seal:
                 sync(path, drop=not self._keep)
             self._digests[path.relative_to(self._folder).as_posix()] = digest
 
+    def folder(self, name: str) -> None:
+        """Seal all files of a folder of the store; nothing will be written there any more."""
+        for path in (self._folder / name).rglob("*"):
+            if path.is_file() and path.relative_to(self._folder).as_posix() not in self._digests:
+                self.file(path)
+
     def finish(self) -> None:
         """Seal what is left of the finished store; all of it is on the disk when this returns.
 
