@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gigavim.config import Settings
 from gigavim.engine.decode import Gather, LabelStrip, decode_strips, mean_probabilities, survey
+from gigavim.engine.devices import usable_cores
 from gigavim.model.sequence import patch_slots
 from gigavim.names import as_text
 from gigavim.outputs.arrays import write_array
@@ -25,7 +26,7 @@ from gigavim.pipeline import Job, Stopwatch, Swept
 from gigavim.progress import Advance, Progress
 from gigavim.provenance import provenance
 from gigavim.store import layout
-from gigavim.store.crew import Crew
+from gigavim.store.crew import WRITERS, Crew
 from gigavim.store.pooled import write_pooled
 from gigavim.store.reader import EmbeddingStore
 from gigavim.store.seal import Seal
@@ -216,7 +217,8 @@ def _write_embeddings(
 ) -> None:
     """Write tokens, pooled levels and what finds them; the work of one job of a crew."""
     write_index(writer.root, writer.selection.index)
-    with Crew(within=beside) as crew:
+    # A thread compresses on others already; what decodes should keep most of the cores.
+    with Crew(max(1, min(WRITERS, usable_cores() // 2)), within=beside) as crew:
         writer.write(advance, crew)
         if pools:
             # At once with the shards: while the one waits for the disk, the other has the cores.

@@ -1,8 +1,10 @@
 """A store against the model run whole, and its views against each other."""
 
 import json
+import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from gigavim.model.segmentation import SegmentationModel
 from gigavim.model.sequence import class_slots
 from gigavim.model.vim import Vim
 from gigavim.slides import open_slide
+from gigavim.store.verify import verify_store
 
 
 def reference(path, model_folder):
@@ -265,6 +268,50 @@ def test_a_failing_run_leaves_no_store(embedded, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="no space left"):
         embedded()
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("size", [(700, 90), (513, 300), (256, 64)])
+def test_everything_is_on_the_disk_and_hashed_before_it_has_its_name(
+    embedded, make_slide, monkeypatch, size
+):
+    synced, named = {}, []
+    fsync, replace = os.fsync, Path.replace
+
+    def syncing(handle):
+        fsync(handle)
+        status = os.fstat(handle)
+        synced[status.st_ino] = status.st_mtime_ns
+
+    def replacing(path, target):
+        if path.name.startswith(".partial"):
+            named.append({item: item.stat() for item in (path, *path.rglob("*"))})
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", replacing)
+    result = embedded(make_slide(size=size))
+    assert len(named) == 1
+    for path, status in named[0].items():
+        assert synced[status.st_ino] == status.st_mtime_ns, path
+    assert verify_store(result.outputs["store"]).problems == []
+
+
+def test_numbers_beyond_float16_are_refused(make_slide, make_card, tmp_path):
+    config = VimConfig(d_model=32, depth=2, patch_px=8, stride_px=8, class_token="none",
+                       pooling="mean", position="sincos", token_um=4.0)  # fmt: skip
+    model = SegmentationModel(Vim(config), 3)
+    torch.nn.init.constant_(model.encoder.norm_f.weight, 1e5)
+    save_model(tmp_path / "large", model, make_card(config))
+    path = make_slide(size=(160, 224))
+    settings = Settings().with_flags(
+        model={"name": str(tmp_path / "large")}, tokens={"tissue": "none"},
+        compute={"precision": "fp32"}, output={"directory": str(tmp_path / "out")},
+    )  # fmt: skip
+    with pytest.raises(OutputError, match="--embedding-dtype float32"):
+        gigavim.embed(path, settings=settings)
+    assert not list((tmp_path / "out").glob("*"))
+    settings = settings.with_flags(embedding={"dtype": "float32"})
+    assert np.abs(gigavim.embed(path, settings=settings).open().numpy()).max() > 65504
 
 
 def test_the_map_is_that_of_segment(embedded, make_slide, tiny_model, tmp_path):
