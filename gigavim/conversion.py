@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from gigavim.config import Settings
-from gigavim.errors import SettingsError
+from gigavim.errors import SettingsError, StoreError
 from gigavim.names import as_text
 from gigavim.outputs.atomic import OutputSet
 from gigavim.outputs.formats import FORMATS, result_paths
 from gigavim.outputs.results import write_results
 from gigavim.progress import Progress, Silent
 from gigavim.results import Result
+from gigavim.store.checksums import check_files
 from gigavim.store.layout import SUFFIX
 from gigavim.store.reader import EmbeddingStore
 
@@ -52,11 +53,32 @@ def convert(
     with OutputSet(overwrite=settings.output.overwrite) as outputs:
         parts = targets.reserve(outputs)
         with progress.stage("write", len(targets.formats), "files") as advance:
-            summary = write_results(store, parts, settings.output, advance=advance)
+            try:
+                summary = write_results(store, parts, settings.output, advance=advance)
+            except (ValueError, RuntimeError) as error:
+                raise_if_damaged(store.location, error)
+                raise
     return Result(Path(store.info.slide.path), targets.paths, summary)
+
+
+def raise_if_damaged(location: str, error: Exception) -> None:
+    """Say that a local store is damaged, if that is why it could not be read.
+
+    Raises:
+        StoreError: a file is not what it was.
+    """
+    if "://" in location:
+        return
+    problems = check_files(Path(location))
+    if problems:
+        raise StoreError(
+            f"{location}: is damaged: {problems[0]}; `gigavim verify` lists all that is"
+        ) from error
 
 
 def store_stem(path: str | Path) -> str:
     """The slide's name in a store's: `a` of `a.embeddings.zarr`."""
     name = str(path).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    if name in ("", ".", ".."):
+        name = Path(path).resolve().name
     return name.removesuffix(SUFFIX).removesuffix(".zarr") or name

@@ -120,7 +120,7 @@ def describe_store(path: Path) -> dict[str, Any]:
 def _store_table(facts: dict[str, Any]) -> str:
     grid, provenance, area = facts["grid"], facts["provenance"], facts["map"]
     model, pooling = provenance.get("model", {}), facts["slide_embedding"]
-    mpp = "unknown mpp" if area["mpp_xy"] is None else f"{area['mpp_xy'][0]:.4g} um per pixel"
+    mpp = "unknown mpp" if area["mpp_xy"] is None else _per_pixel(*area["mpp_xy"])
     rows = [
         ("store", f"gigavim embeddings, format {facts['format']}"),
         ("slide", facts["slide"]["path"]),
@@ -166,9 +166,13 @@ def _size(facts: dict[str, Any]) -> str:
 
 
 def _mpp_text(mpp: dict[str, Any]) -> str:
-    unit, scale = ("m", 1e-6) if mpp["x"] >= 1e4 else ("um", 1.0)
-    x, y = (f"{mpp[axis] * scale:.4g}" for axis in "xy")
-    return f"{x if x == y else f'{x} x {y}'} {unit} per pixel ({mpp['source']})"
+    return f"{_per_pixel(mpp['x'], mpp['y'])} ({mpp['source']})"
+
+
+def _per_pixel(x_um: float, y_um: float) -> str:
+    unit, scale = ("m", 1e-6) if x_um >= 1e4 else ("um", 1.0)
+    x, y = (f"{mpp * scale:.4g}" for mpp in (x_um, y_um))
+    return f"{x if x == y else f'{x} x {y}'} {unit} per pixel"
 
 
 def _crs_name(wkt: str) -> str:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from gigavim.errors import StoreError
 from gigavim.outputs.atomic import explained
@@ -37,16 +38,47 @@ def read_checksums(folder: Path) -> dict[str, str]:
     """
     path = folder / CHECKSUMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{path}: the store's checksums cannot be read") from error
+    return _parsed(text, str(path))
+
+
+def _parsed(text: str, source: str) -> dict[str, str]:
     found = {}
-    for line in lines:
+    for line in text.splitlines():
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise StoreError(f"{path}: is damaged: {line[:80]!r} is no checksum")
+            raise StoreError(f"{source}: is damaged: {line[:80]!r} is no checksum")
         found[name] = digest
     return found
+
+
+def missing_files(location: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Which of the files that a store's checksums name are not there.
+
+    None of them, too, where there are no checksums yet, or where what is there cannot be listed.
+    zarr reads a chunk without a file as zeros.
+
+    Raises:
+        StoreError: the checksums are damaged.
+    """
+    if "://" not in location:
+        folder = Path(location)
+        if not (folder / CHECKSUMS).is_file():
+            return []
+        return [name for name in read_checksums(folder) if not (folder / name).is_file()]
+    import fsspec
+
+    system, root = fsspec.url_to_fs(location, **(storage_options or {}))
+    try:
+        text = system.cat_file(f"{root}/{CHECKSUMS}").decode()
+        there = {
+            str(name).strip("/").removeprefix(f"{root.strip('/')}/") for name in system.find(root)
+        }
+    except (OSError, NotImplementedError):
+        return []
+    return [name for name in _parsed(text, location) if name not in there]
 
 
 def check_files(

@@ -1,6 +1,8 @@
 """Reading an embedding store: by place in the sequence, by position on the slide, as arrays."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from gigavim.errors import StoreError
 from gigavim.frames import Bounds, ClassSpec, MapFrame
 from gigavim.outputs.labels import LabelStore
 from gigavim.store import layout
+from gigavim.store.checksums import missing_files
 from gigavim.store.layout import StoreInfo
 
 if TYPE_CHECKING:
@@ -61,11 +64,14 @@ class EmbeddingStore:
         self._storage_options = storage_options or {}
 
     @classmethod
-    def open(cls, location: str | Path, **storage_options: Any) -> Self:
+    def open(cls, location: str | Path, *, complete: bool = True, **storage_options: Any) -> Self:
         """Open a folder, or with fsspec a URL such as "s3://bucket/slide.embeddings.zarr".
 
+        Whether all files are there is looked up unless `complete` is false; whether they are as
+        they were, `gigavim verify` tells.
+
         Raises:
-            StoreError: there is no such store, or it is damaged or of a later version.
+            StoreError: there is no such store, or it is incomplete, damaged or of a later version.
         """
         text = str(location)
         try:
@@ -79,14 +85,20 @@ class EmbeddingStore:
                 store = Path(text)
             root = zarr.open_group(store, mode="r", zarr_format=3)
         except (OSError, ValueError, KeyError) as error:
-            raise StoreError(
-                f"{text}: there is no embedding store ({_first_line(error)})"
-            ) from error
+            raise StoreError(f"{text}: {_why_not(text, error)}") from error
         except ImportError as error:
             raise StoreError(
                 f"{text}: {_first_line(error)} (for s3:// pip install 'gigavim[s3]')"
             ) from error
-        return cls(text, root, layout.read_info(root.attrs.asdict(), text), storage_options)
+        info = layout.read_info(root.attrs.asdict(), text)
+        missing = missing_files(text, storage_options) if complete else []
+        if missing:
+            raise StoreError(
+                f"{text}: {len(missing):,} of its files are missing, such as {missing[0]}, and"
+                " would be read as zeros: `gigavim verify` names them; copy it again, or make it"
+                " anew"
+            )
+        return cls(text, root, info, storage_options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self).open, **self._storage_options), (self.location,)
@@ -148,14 +160,16 @@ class EmbeddingStore:
     @cached_property
     def mean(self) -> Floats:
         """(D,) float32, the mean of all tokens."""
-        return np.asarray(self._array("slide/mean")[:])
+        with self._reading():
+            return np.asarray(self._array("slide/mean")[:])
 
     @cached_property
     def class_tokens(self) -> Floats | None:
         """(k, D) float32, None where the model has no class token."""
         if "slide/class_tokens" not in self.root:
             return None
-        return np.asarray(self._array("slide/class_tokens")[:])
+        with self._reading():
+            return np.asarray(self._array("slide/class_tokens")[:])
 
     @cached_property
     def labels(self) -> LabelStore:
@@ -168,17 +182,20 @@ class EmbeddingStore:
     @cached_property
     def tissue(self) -> npt.NDArray[np.bool_]:
         """(h, w) what was taken for tissue; `info.tissue` says where it lies."""
-        return np.asarray(self._array("tissue")[:]) > 0
+        with self._reading():
+            return np.asarray(self._array("tissue")[:]) > 0
 
     def thumbnail(self, max_px: int = 2048) -> npt.NDArray[np.uint8]:
         """(h, w, 3) of the slide's bounds, as stored; `max_px` of the longer side at most."""
-        picture = np.asarray(self._array("thumbnail")[:])
+        with self._reading():
+            picture = np.asarray(self._array("thumbnail")[:])
         step = math.ceil(max(picture.shape[:2]) / max_px)
         return np.ascontiguousarray(picture[::step, ::step])
 
     def numpy(self) -> Floats:
         """(n, D) all embeddings, in memory."""
-        return np.asarray(self.embeddings[:])
+        with self._reading():
+            return np.asarray(self.embeddings[:])
 
     def dask(self) -> "DaskArray":
         """(n, D) embeddings as a lazy array, a shard per chunk."""
@@ -230,7 +247,8 @@ class EmbeddingStore:
         found = np.full((len(col), self.info.width), np.nan, self.embeddings.dtype)
         if inside.any():
             places = np.full(len(col), -1, np.int64)
-            places[inside] = self.index.vindex[row[inside], col[inside]]
+            with self._reading():
+                places[inside] = self.index.vindex[row[inside], col[inside]]
             kept = places >= 0
             found[kept] = self.take(places[kept])
         return found if np.ndim(x) or np.ndim(y) else found[0]
@@ -240,7 +258,8 @@ class EmbeddingStore:
         unique, back = np.unique(places, return_inverse=True)
         if not len(unique):
             return np.empty((0, self.info.width), self.embeddings.dtype)
-        return np.asarray(self.embeddings.oindex[unique])[back]
+        with self._reading():
+            return np.asarray(self.embeddings.oindex[unique])[back]
 
     def window(
         self, x_level0: float, y_level0: float, width_level0: float, height_level0: float
@@ -249,22 +268,25 @@ class EmbeddingStore:
         frame = self.frame
         left, right = _span(x_level0, width_level0, frame.x_level0, frame.scale_x, self.info.grid)
         top, bottom = _span(y_level0, height_level0, frame.y_level0, frame.scale_y, self.info.grid)
-        cells = np.asarray(self.index[top:bottom, left:right])
+        with self._reading():
+            cells = np.asarray(self.index[top:bottom, left:right])
         places = np.sort(cells[cells >= 0]).astype(np.int64)
         if not len(places):
             empty = np.empty((0, 2))
             return TokenWindow(places, self.take(places), empty.astype(np.int64), empty)
-        return TokenWindow(
-            places,
-            self.take(places),
-            np.asarray(self.row_col.oindex[places]).astype(np.int64),
-            np.asarray(self.xy_level0.oindex[places]),
-        )
+        with self._reading():
+            return TokenWindow(
+                places,
+                self.take(places),
+                np.asarray(self.row_col.oindex[places]).astype(np.int64),
+                np.asarray(self.xy_level0.oindex[places]),
+            )
 
     def pooled_counts(self, pool: int) -> npt.NDArray[np.int64]:
         """(y, x) tokens in each window of a pooled level."""
         self._known_pool(pool)
-        return np.asarray(self._array(f"pooled/{pool}/count")[:]).astype(np.int64)
+        with self._reading():
+            return np.asarray(self._array(f"pooled/{pool}/count")[:]).astype(np.int64)
 
     def pooled(self, pool: int) -> "zarr.Array[Any]":
         """(y, x, D) of a pooled level."""
@@ -292,6 +314,17 @@ class EmbeddingStore:
         if not isinstance(found, zarr.Array):
             raise self._damaged(name)
         return found
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say of what cannot be decoded that the store is damaged."""
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StoreError(
+                f"{self.location}: cannot be read ({_first_line(error)}): `gigavim verify` says"
+                " what is damaged"
+            ) from error
 
     def _damaged(self, name: str) -> StoreError:
         return StoreError(
@@ -338,7 +371,7 @@ def _cell(
     at_level0: npt.NDArray[Any], origin: float, scale: float, length_px: int, grid: layout.GridInfo
 ) -> npt.NDArray[np.int64]:
     """(n,) cells whose patches' centres are nearest along an axis, -1 outside the map."""
-    at_px = (at_level0 - origin) / scale
+    at_px = np.nan_to_num((at_level0 - origin) / scale, nan=-1.0)
     nearest = np.floor((at_px - grid.patch_px / 2) / grid.stride_px + 0.5)
     last = max(0, -(-(length_px - grid.patch_px) // grid.stride_px))
     cell = np.clip(nearest, 0, last).astype(np.int64)
@@ -352,6 +385,16 @@ def _span(
     first_px, last_px = (start - origin) / scale, (start + length - origin) / scale
     first = math.floor((first_px - grid.patch_px) / grid.stride_px) + 1
     return max(0, first), max(0, math.ceil(last_px / grid.stride_px))
+
+
+def _why_not(location: str, error: Exception) -> str:
+    """Why there is no store to open."""
+    folder = Path(location)
+    if "://" in location or (folder / "zarr.json").is_file():
+        return f"there is no embedding store, or its description is damaged ({_first_line(error)})"
+    if not folder.exists():
+        return "there is no embedding store"
+    return "is no embedding store: `gigavim embed` makes one of a slide"
 
 
 def _first_line(error: Exception) -> str:

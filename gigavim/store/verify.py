@@ -41,7 +41,7 @@ def verify_store(
         StoreError: there is no store, or it has no checksums.
     """
     folder, progress = Path(path), progress or Silent()
-    store = EmbeddingStore.open(folder)
+    store = EmbeddingStore.open(folder, complete=False)
     result = Verification(str(path))
     files = len(read_checksums(folder))
     with progress.stage("verify", files, "files") as advance:

@@ -75,6 +75,32 @@ def test_what_cannot_be_converted_says_why_and_leaves_nothing(
     assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir())
 
 
+@pytest.mark.parametrize("part", ["tokens/embeddings", "map/labels", "map/coverage", "thumbnail"])
+def test_a_damaged_store_is_no_defect_of_ours(run, store, tmp_path, part):
+    pytest.importorskip("h5py")
+    shard = next(p for p in (store / part).rglob("*") if p.is_file() and p.name != "zarr.json")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    flags = [f for name in ("h5-trident", "csv", "geojson", "overlay") for f in ("--format", name)]
+    result = run("convert", store, "-o", "c", *flags)
+    assert result.code == 1
+    assert "gigavim verify" in result.err
+    assert "defect" not in result.err
+    assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir())
+
+
+def test_a_store_is_no_slide(run, store):
+    for command in ("segment", "info"):
+        result = run(command, store)
+        assert ("is an embedding store" in result.err) == (command == "segment"), result.err
+        assert "Warning" not in result.err
+
+
+def test_names_are_those_of_the_store_wherever_one_stands(run, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(store)
+    assert run("convert", ".", "-o", tmp_path / "c", "--format", "csv").code == 0
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["slide.areas.csv"]
+
+
 def test_what_is_no_store(run, tmp_path):
     (tmp_path / "x").mkdir()
     for name in ("x", "nowhere.embeddings.zarr"):

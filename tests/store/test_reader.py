@@ -242,6 +242,33 @@ def test_what_is_no_store_says_so(tmp_path, embedded):
         gigavim.open_embeddings(folder).numpy()
 
 
+def a_shard(folder, part):
+    return next(p for p in (folder / part).rglob("*") if p.is_file() and p.name != "zarr.json")
+
+
+@pytest.mark.parametrize("part", ["tokens/embeddings", "tokens/xy_level0", "map/labels", "index"])
+@pytest.mark.parametrize("is_url", [False, True])
+def test_a_missing_shard_is_not_read_as_zeros(embedded, part, is_url):
+    folder = embedded().outputs["store"]
+    shard = a_shard(folder, part)
+    shard.unlink()
+    location = f"file://{folder}" if is_url else folder
+    with pytest.raises(StoreError, match=f"1 of its files are missing.*{part}"):
+        gigavim.open_embeddings(location)
+
+
+def test_a_shard_that_cannot_be_decoded_is_damage(embedded):
+    folder = embedded().outputs["store"]
+    for part in ("tokens/embeddings", "index", "slide/mean"):
+        shard = a_shard(folder, part)
+        shard.write_bytes(shard.read_bytes()[:8])
+    store = gigavim.open_embeddings(folder)
+    for read in (store.numpy, lambda: store.window(0, 0, 99, 99), lambda: store.slide_embedding):
+        with pytest.raises(StoreError, match="gigavim verify"):
+            read()
+    assert np.isnan(store.at_level0(np.nan, 1.0)).all()
+
+
 def test_a_store_is_replaced_only_when_told_and_other_folders_never(embedded, tmp_path):
     folder = embedded().outputs["store"]
     before = (folder / "checksums.sha256").read_bytes()
