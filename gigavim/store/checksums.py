@@ -71,6 +71,7 @@ def missing_files(location: str, storage_options: Mapping[str, Any] | None = Non
     import fsspec
 
     system, root = fsspec.url_to_fs(location, **(storage_options or {}))
+    system.invalidate_cache(root)  # what was not there before may be by now
     try:
         text = system.cat_file(f"{root}/{CHECKSUMS}").decode()
         there = {
