@@ -1,9 +1,10 @@
 """How fast a label map becomes polygons: `python -m benchmarks.polygons [--side N] [--json FILE]`.
 
-Three maps of five classes, each in a process of its own that reports its own peak memory:
+Four maps of five classes, each in a process of its own that reports its own peak memory:
 
 - regions: smooth fields of a few hundred pixels, as a tissue model gives;
 - nuclei: tissue fields with a nucleus every 26 px or so;
+- cells: the nuclei alone: without large regions memory should not grow with the side;
 - noise: fields with ragged, speckled borders, the worst that a model writes.
 
 What is timed is `write_geojson`, reading the label store included; memory is the peak resident set
@@ -27,7 +28,7 @@ from gigavim.outputs.geojson import write_geojson
 from gigavim.outputs.labels import LabelStore
 
 SIDE_PX = 16_384
-KINDS = ("regions", "nuclei", "noise")
+KINDS = ("regions", "nuclei", "cells", "noise")
 CLASSES = (
     ClassSpec("background", (255, 255, 255), object_type="none"),
     ClassSpec("tumor", (200, 30, 30)),
@@ -47,12 +48,15 @@ def fields(y0: int, height: int, width: int) -> np.ndarray:
 def strip(kind: str, y0: int, height: int, width: int, random: np.random.Generator) -> np.ndarray:
     """Rows y0.. of a map."""
     labels = fields(y0, height, width)
-    if kind == "nuclei":
+    if kind in ("nuclei", "cells"):
         y, x = np.mgrid[y0 : y0 + height, :width]
         cy, cx = y // 26, x // 26
         wobble = (cy * 7919 + cx * 104729) % 97 / 97.0
         radius2 = ((y % 26 - 13) / (0.8 + 0.4 * wobble)) ** 2 + (x % 26 - 13) ** 2
-        labels[(radius2 < 40 + 35 * wobble) & (labels > 0)] = 4
+        tissue = labels > 0
+        if kind == "cells":
+            labels[:] = 0
+        labels[(radius2 < 40 + 35 * wobble) & tissue] = 4
     if kind == "noise":
         rough = random.integers(0, 1000, labels.shape, dtype=np.uint16)
         labels[rough < 2] = 4
