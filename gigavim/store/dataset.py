@@ -55,13 +55,16 @@ class EmbeddingBags(Dataset[Bag]):
         if labels is not None and len(labels) != len(stores):
             raise StoreError(f"{len(stores)} stores have {len(labels)} labels")
         self.stores, self.pool, self.limit = list(stores), pool, limit
+        self._seen: set[int] = set()
+        """Stores whose files were all there: on object storage it takes a request or two to see."""
         self.labels = [float("nan")] * len(stores) if labels is None else list(labels)
 
     def __len__(self) -> int:
         return len(self.stores)
 
     def __getitem__(self, number: int) -> Bag:
-        store = EmbeddingStore.open(self.stores[number])
+        store = EmbeddingStore.open(self.stores[number], complete=number not in self._seen)
+        self._seen.add(number)
         parts = list(feature_chunks(store, self.pool))
         features = torch.from_numpy(np.concatenate(parts))
         xy = torch.from_numpy(spots(store, self.pool).centres_xy_level0)
