@@ -56,12 +56,12 @@ def convert(
             try:
                 summary = write_results(store, parts, settings.output, advance=advance)
             except (ValueError, RuntimeError) as error:
-                raise_if_damaged(store.location, error)
+                _raise_if_damaged(store.location, error)
                 raise
     return Result(Path(store.info.slide.path), targets.paths, summary)
 
 
-def raise_if_damaged(location: str, error: Exception) -> None:
+def _raise_if_damaged(location: str, error: Exception) -> None:
     """Say that a local store is damaged, if that is why it could not be read.
 
     Raises:

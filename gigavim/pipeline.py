@@ -27,13 +27,14 @@ from gigavim.engine.sweep import sweep
 from gigavim.engine.taps import Taps
 from gigavim.engine.window_plan import plan_windows
 from gigavim.engine.windowed import Kept, WindowModel, kept_windows, segment_windows
-from gigavim.errors import OutputError, SlideError
+from gigavim.errors import OutputError, SlideError, UnsupportedSlideError
 from gigavim.model.pictures import Look
 from gigavim.model.vim import Vim
 from gigavim.outputs.labels import LabelStore
 from gigavim.progress import Progress
 from gigavim.slides import open_slide
 from gigavim.slides.base import Slide
+from gigavim.store.layout import is_store
 from gigavim.tokens.grid import (
     TokenGrid,
     TokenSelection,
@@ -104,7 +105,16 @@ class Stopwatch:
 
 
 def open_input(path: Path, settings: Settings) -> Slide:
-    """Open a slide as the settings correct it."""
+    """Open a slide as the settings correct it.
+
+    Raises:
+        SlideError: it cannot be read, or is an embedding store.
+    """
+    if is_store(path):
+        raise UnsupportedSlideError(
+            f"{path}: is an embedding store, not a slide: `gigavim convert` and `gigavim info` take"
+            " it, and `gigavim.open_embeddings`"
+        )
     channels = settings.input.channels
     picked = (channels[0], channels[1], channels[2]) if len(channels) == 3 else None
     return open_slide(path, mpp=settings.input.slide_mpp or None, channels=picked)

@@ -39,7 +39,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def grid_hw(self, height_px: int, width_px: int) -> tuple[int, int]:
-        """Return how many patches (rows, cols) an image of a size has."""
+        """Return how many whole patches (rows, cols) an image of a size in pixels has."""
         rows, cols = (
             (side_px - patch_px) // stride_px + 1
             for side_px, patch_px, stride_px in zip(

@@ -48,7 +48,7 @@ class SegmentationModel(nn.Module):
                 f"images of {sides[1]} x {sides[0]} px do not fit patches of {config.patch_px} px "
                 f"every {config.stride_px} px: pad or crop them"
             )
-        rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in sides)
+        rows, cols = self.encoder.patch_embed.grid_hw(*sides)
         taps = SideSum(self)
         tokens = self.encoder.tokens(images, order=order, origin_um=origin_um)
         encoded = self.encoder.encode(tokens, on_stream=taps)

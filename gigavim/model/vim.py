@@ -125,7 +125,13 @@ class Vim(nn.Module):
         *,
         origin_um: tuple[float, float] | Tensor = (0.0, 0.0),
     ) -> Tensor:
-        """Return the position embedding (rows * cols, D) of a full grid's patches in scan order."""
+        """Return the position embedding (rows * cols, D) of a full grid's patches in scan order.
+
+        Args:
+            grid_hw: (rows, cols) of the grid.
+            order: in which patches stand; row by row if absent.
+            origin_um: (x, y) added to places of "sincos".
+        """
         rows, cols = grid_hw
         cells = grid_cells(rows, cols, order, self.norm_f.weight.device)
         return self.position(cells // cols, cells % cols, grid_hw, origin_um=origin_um)

@@ -269,7 +269,7 @@ def _set_aside(final: Path) -> Path | None:
     backup = final.with_name(f".previous-{uuid4().hex[:8]}-{final.name}")
     try:
         os.link(final, backup, follow_symlinks=False)
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # folders, and file systems without hard links
         final.rename(backup)
     return backup
 

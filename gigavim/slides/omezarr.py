@@ -157,8 +157,6 @@ class ZarrSlide(Slide):
 
 def _image(path: Path) -> tuple[Any, Mapping[str, Any]]:
     """Return the group of the image and its OME metadata."""
-    from gigavim.store.layout import is_store  # stores are made of slides: not the other way round
-
     group = zarr.open_group(path, mode="r")
     metadata = _ome(group)
     if "multiscales" not in metadata and "bioformats2raw.layout" in metadata:
@@ -166,11 +164,6 @@ def _image(path: Path) -> tuple[Any, Mapping[str, Any]]:
         metadata = _ome(group)
     if metadata.get("multiscales"):
         return group, metadata
-    if is_store(path):
-        raise UnsupportedSlideError(
-            f"{path}: is an embedding store, not a slide: `gigavim convert` and `gigavim info` take"
-            " it, and `gigavim.open_embeddings`"
-        )
     kind = "a plate" if "plate" in metadata else "a well" if "well" in metadata else "no image"
     inside = ", ".join(sorted(group.group_keys())[:4])
     raise UnsupportedSlideError(

@@ -1,6 +1,7 @@
 """SHA-256 of every file of a store, in the form that `sha256sum --check` reads."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from gigavim.errors import StoreError
 from gigavim.outputs.atomic import explained
 from gigavim.store.layout import CHECKSUMS
+
+log = logging.getLogger(__name__)
 
 READERS = 2
 
@@ -57,11 +60,14 @@ def _parsed(text: str, source: str) -> dict[str, str]:
 def missing_files(location: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
     """Which of the files that a store's checksums name are not there.
 
-    None of them, too, where there are no checksums yet, or where what is there cannot be listed.
-    zarr reads a chunk without a file as zeros.
+    None of them, too, where there are no checksums yet, or where what is there cannot be listed:
+    some web servers and buckets do not tell. zarr reads a chunk without a file as zeros.
+
+    Args:
+        location: a folder, or a URL that fsspec takes with `storage_options`.
 
     Raises:
-        StoreError: the checksums are damaged.
+        StoreError: the checksums are damaged, or the storage fails.
     """
     if "://" not in location:
         folder = Path(location)
@@ -77,7 +83,13 @@ def missing_files(location: str, storage_options: Mapping[str, Any] | None = Non
         there = {
             str(name).strip("/").removeprefix(f"{root.strip('/')}/") for name in system.find(root)
         }
-    except (OSError, NotImplementedError):
+    except (FileNotFoundError, PermissionError, NotImplementedError) as error:
+        log.debug("%s: not looked whether all files are there (%s)", location, error)
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{location}: its {CHECKSUMS} cannot be read ({error})") from error
+    if CHECKSUMS not in there:  # it is: so the listing is not one of files
+        log.debug("%s: not looked whether all files are there (no listing)", location)
         return []
     return [name for name in _parsed(text, location) if name not in there]
 

@@ -75,5 +75,6 @@ class EmbeddingBags(Dataset[Bag]):
 
 
 def find_stores(folder: str | Path) -> list[Path]:
-    """All stores below a folder, by name."""
-    return sorted(path for path in Path(folder).rglob(f"*{SUFFIX}") if path.is_dir())
+    """All stores below a folder, by name; hidden ones are what killed runs left."""
+    found = (path for path in Path(folder).rglob(f"*{SUFFIX}") if path.is_dir())
+    return sorted(path for path in found if not path.name.startswith("."))

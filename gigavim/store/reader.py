@@ -67,8 +67,11 @@ class EmbeddingStore:
     def open(cls, location: str | Path, *, complete: bool = True, **storage_options: Any) -> Self:
         """Open a folder, or with fsspec a URL such as "s3://bucket/slide.embeddings.zarr".
 
-        Whether all files are there is looked up unless `complete` is false; whether they are as
-        they were, `gigavim verify` tells.
+        Args:
+            location: the folder or URL.
+            complete: look whether all files are there; whether they are as they were, `gigavim
+                verify` tells.
+            storage_options: what fsspec wants to know for a URL, such as anon=True.
 
         Raises:
             StoreError: there is no such store, or it is incomplete, damaged or of a later version.

@@ -194,7 +194,7 @@ def vim_forward(model: SegmentationModel, recipe: Recipe, budget: Budget | None 
     planned = budget or Budget(model, recipe, model.encoder.norm_f.weight.device)
 
     def forward(images: Tensor, every: int, generator: Generator | None) -> Tensor:
-        rows, cols = ((s - config.patch_px) // config.stride_px + 1 for s in images.shape[2:])
+        rows, cols = model.encoder.patch_embed.grid_hw(*images.shape[2:])
         split = planned.split(rows * cols, len(images))
         origin = random_origin(config, images.device, generator)
         tokens = model.encoder.tokens(images, order=order, origin_um=origin)

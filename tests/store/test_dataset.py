@@ -46,6 +46,12 @@ def archive(tmp_path_factory, make_exact_model):
     return folder
 
 
+def test_what_a_killed_run_left_is_no_store(tmp_path):
+    for name in (".partial-0a1b2c3d-a.embeddings.zarr", "deep/b.embeddings.zarr"):
+        (tmp_path / name).mkdir(parents=True)
+    assert [path.name for path in find_stores(tmp_path)] == ["b.embeddings.zarr"]
+
+
 def test_bags_hold_the_pooled_embeddings(archive):
     stores = find_stores(archive)
     assert [path.name for path in stores] == [f"s{n}.embeddings.zarr" for n in range(10)]

@@ -257,6 +257,13 @@ def test_a_missing_shard_is_not_read_as_zeros(embedded, part, is_url):
         gigavim.open_embeddings(location)
 
 
+def test_storage_that_lists_nothing_is_believed(embedded, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    folder = embedded().outputs["store"]
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "find", lambda *_: [])
+    assert len(gigavim.open_embeddings(f"file://{folder}"))
+
+
 def test_a_shard_that_cannot_be_decoded_is_damage(embedded):
     folder = embedded().outputs["store"]
     for part in ("tokens/embeddings", "index", "slide/mean"):
